@@ -1,0 +1,1317 @@
+# SPDX-FileCopyrightText: 2026 the broapt_compose authors
+# SPDX-License-Identifier: BSD-3-Clause
+"""Docker watchdog: bring a Docker Compose stack up, keep it up, and stop it at the end.
+
+As a library, in a host such as BroAPT's daemon (which has a copy of this one file, named ``compose.py``)::
+
+    from broapt_compose import docker_compose, register
+
+    register()                       # the kill signal ends the server
+    with docker_compose():           # stack up, watcher running
+        app.run()                    # Flask's own server, until the signal
+    # stack stopped and cleaned up
+
+From the command line: ``python -m broapt_compose [run | check | status] [OPTIONS]``; ``--help`` lists the options.
+
+The watcher sees all containers of the project with one ``docker ps``, decides from that look what is wrong, and
+mends it: paused containers are unpaused, stopped ones started, missing ones created, unhealthy ones restarted.
+``docker events`` only wakes it; it looks at least every *interval* anyway. Other projects are never touched.
+
+Each setting comes from an argument, else BroAPT's ``const`` module (the first three), else the environment:
+
+======================  =======================================================================  ==================
+variable                meaning                                                                  default
+======================  =======================================================================  ==================
+BROAPT_DOCKER_COMPOSE   Compose files, joined by os.pathsep (in const: DOCKER_COMPOSE)           what Compose finds
+BROAPT_INTERVAL         longest time between two full checks, seconds (INTERVAL)                 10
+BROAPT_KILL_SIGNAL      the signal that ends the host (KILL_SIGNAL)                              15 (SIGTERM)
+BROAPT_WATCHER          where the watcher runs: thread or process                                thread
+BROAPT_SETTLE           how long a fault must last before it is repaired, seconds                1
+BROAPT_TIMEOUT          deadline of one Docker command, seconds                                  60
+BROAPT_PRUNE            what is deleted after the stop: project, system or none                  project
+BROAPT_UNHEALTHY        what happens if a health check fails: restart or ignore                  restart
+BROAPT_COMPOSE_COMMAND  the Compose command; else the first of the two that answers              docker compose,
+                                                                                                 docker-compose
+======================  =======================================================================  ==================
+"""
+
+import collections
+import contextlib
+import datetime
+import enum
+import importlib
+import json
+import logging
+import math
+import os
+import re
+import selectors
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from typing import (
+    Any,
+    Callable,
+    ContextManager,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    Mapping,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Set,
+    Tuple,
+)
+
+__version__ = '1.0.0'
+__all__ = [
+    'docker_compose', 'watch_container', 'start_container', 'stop_container', 'flask_exit', 'register', 'UP_FLAG',
+    'ComposeWarning', 'ComposeError', 'Settings', 'main',
+]  # fmt: skip
+
+logger = logging.getLogger('broapt_compose')
+logger.addHandler(logging.NullHandler())
+
+Notify = Callable[[str], Any]  # takes a message for the service manager
+
+_STEADY = 10.0  # seconds of running that end a crash loop, as in Docker's own restart policy
+_LONGEST_DELAY = 300.0  # seconds between two repairs in a crash loop
+_LOOP = 3  # repairs in a row from which on it is called a crash loop
+_DEFAULT_GRACE = 10.0  # seconds that Docker gives a container without a stop timeout of its own
+_STREAM_LIFE = 55.0  # seconds of an event stream, so that none outlives its watcher by more than a minute
+_OUTPUT_LIMIT = 1 << 24  # bytes; no answer of Docker's is longer
+_ERROR_LIMIT = 1 << 16  # bytes; of more, the end is kept
+_RESPAWN = 0.5  # seconds before a watcher process that died is started again
+
+
+# -- exceptions ------------------------------------------------------------------------------------------------------
+
+
+class ComposeWarning(Warning):
+    """The containers could not be polled, a service is in a crash loop, or a clean-up failed."""
+
+
+class ComposeError(Exception):
+    """A command failed; the text is one line: which command, its exit code, and why.
+
+    Attributes: *command* (list), *returncode* (None if it did not end by itself), *stderr*, *stdout*.
+    """
+
+    def __init__(self, command: Sequence[str], returncode: Optional[int], stderr: str, reason: str = '', stdout: str = '') -> None:
+        super().__init__(command, returncode, stderr, reason, stdout)
+        self.command, self.returncode, self.stderr, self.stdout = list(command), returncode, stderr, stdout
+        self.reason = reason or (stderr.strip().splitlines() or ['no reason given'])[-1].strip()
+
+    def __str__(self) -> str:
+        code = '' if self.returncode is None else 'exit code {}: '.format(self.returncode)
+        return _one_line('{}: {}{}'.format(_quote(self.command), code, self.reason))
+
+
+class _Cancelled(Exception):
+    """The flag was lowered while a command ran."""
+
+
+def _one_line(text: str) -> str:
+    return re.sub(r'[\x00-\x1f\x7f]+', ' ', text)
+
+
+def _quote(command: Iterable[str]) -> str:
+    return _one_line(' '.join(map(shlex.quote, command)))
+
+
+def _warn(text: str) -> None:
+    """Log and issue a ComposeWarning: each time, not once per text, and without raising it under -W error."""
+    logger.warning('%s', _one_line(text))
+    with contextlib.suppress(ComposeWarning):
+        warnings.warn_explicit(_one_line(text), ComposeWarning, __file__, 0, registry=None)
+
+
+# -- settings --------------------------------------------------------------------------------------------------------
+
+Watcher = enum.Enum('Watcher', [('THREAD', 'thread'), ('PROCESS', 'process')])
+Prune = enum.Enum('Prune', [('PROJECT', 'project'), ('SYSTEM', 'system'), ('NONE', 'none')])
+Unhealthy = enum.Enum('Unhealthy', [('RESTART', 'restart'), ('IGNORE', 'ignore')])
+
+
+def _parse_files(value: Any) -> Tuple[str, ...]:
+    names = value.split(os.pathsep) if isinstance(value, str) else [value] if isinstance(value, os.PathLike) else value
+    files = tuple(os.path.abspath(os.fspath(name)) for name in names if name)
+    for file in files:
+        with open(file, 'rb'):
+            pass
+    return files
+
+
+def _parse_seconds(value: Any) -> float:
+    seconds = float(value)
+    if not 0 <= seconds < math.inf:
+        raise ValueError
+    return seconds
+
+
+def _parse_positive(value: Any) -> float:
+    return _parse_seconds(value) or _parse_seconds('nan')
+
+
+def _parse_signal(value: Any) -> int:
+    text = str(int(value) if isinstance(value, int) else value).strip().upper()
+    number = signal.Signals(int(text)) if text.isdigit() else signal.Signals['SIG' + re.sub('^SIG', '', text)]
+    if number in (signal.SIGKILL, signal.SIGSTOP):
+        raise ValueError
+    return int(number)
+
+
+def _parse_command(value: Any) -> Tuple[str, ...]:
+    command = tuple(shlex.split(value) if isinstance(value, str) else value)
+    if not command:
+        raise ValueError
+    return command
+
+
+class _Option(NamedTuple):
+    field: str  # in upper case: its name in BroAPT's const module, and after BROAPT_ in the environment
+    flags: Tuple[str, ...]
+    parse: Callable[[Any], Any]
+    accepted: str
+    help: str
+
+
+_POSITIVE = 'a number of seconds greater than 0'
+_OPTIONS = (
+    _Option('docker_compose', ('-f', '--file', '--docker-compose'), _parse_files, 'a readable file',
+            'Compose file, repeatable (default: what Compose finds in the working directory)'),
+    _Option('interval', ('-i', '--interval'), _parse_positive, _POSITIVE,
+            'longest time between two full checks, in seconds (default: 10)'),
+    _Option('kill_signal', ('-s', '--signal'), _parse_signal, 'a signal such as 15, TERM or SIGTERM, other than KILL and STOP',
+            'signal that ends the watchdog (default: 15)'),
+    _Option('watcher', ('-w', '--watcher'), Watcher, 'thread or process',
+            'where the watcher runs: thread or process (default: thread)'),
+    _Option('settle', ('--settle',), _parse_seconds, 'a number of seconds, 0 or more',
+            'how long a fault must last before it is repaired, in seconds (default: 1)'),
+    _Option('timeout', ('--timeout',), _parse_positive, _POSITIVE, 'deadline of one Docker command, in seconds (default: 60)'),
+    _Option('prune', ('--prune',), Prune, 'project, system or none',
+            "what to delete after the stop: the project's containers and networks, all that is unused on the whole machine "
+            "(other projects' data, too), or nothing: project (default), system or none"),
+    _Option('unhealthy', ('--unhealthy',), Unhealthy, 'restart or ignore',
+            'restart or ignore a container whose health check fails (default: restart)'),
+    _Option('compose_command', ('--compose-command',), _parse_command, 'a command as in a shell',
+            "the Compose command (default: 'docker compose', else 'docker-compose')"),
+)  # fmt: skip
+
+
+class Settings(NamedTuple):
+    """What the watchdog works by. Use :meth:`load`: it reads the sources and checks the values."""
+
+    docker_compose: Tuple[str, ...] = ()  # absolute paths; none: Compose's own discovery
+    interval: float = 10.0  # seconds
+    kill_signal: int = int(signal.SIGTERM)
+    watcher: Watcher = Watcher.THREAD
+    settle: float = 1.0  # seconds
+    timeout: float = 60.0  # seconds
+    prune: Prune = Prune.PROJECT
+    unhealthy: Unhealthy = Unhealthy.RESTART
+    compose_command: Tuple[str, ...] = ()  # none: found by asking each for its version
+
+    @classmethod
+    def load(cls, **given: Any) -> 'Settings':
+        """Return the settings: *given* ones first, then BroAPT's const, the environment (empty: not set), the defaults.
+
+        Strings are parsed as on the command line; None counts as not given. Raises ValueError: one line naming the
+        setting, its value, and what is accepted.
+        """
+        unknown = set(given) - set(cls._fields)
+        if unknown:
+            raise TypeError('unknown settings: {}'.format(', '.join(sorted(unknown))))
+        const, values = _find_const(), {}
+        for field, flags, parse, accepted, _ in _OPTIONS:
+            name = field.upper()
+            sources = {
+                max(flags[:2], key=len): given.get(field),
+                'const.' + name: getattr(const, name, None),
+                'BROAPT_' + name: os.environ.get('BROAPT_' + name) or None,
+            }
+            for source, value in [(source, value) for source, value in sources.items() if value is not None][:1]:
+                try:
+                    values[field] = parse(value)
+                except (OSError, ValueError, TypeError, KeyError, OverflowError) as error:
+                    why = ' ({}: {})'.format(error.filename, error.strerror) if isinstance(error, OSError) else ''
+                    raise ValueError(_one_line('{}: {!r} is not {}{}'.format(source, value, accepted, why))) from None
+        return cls(**values)
+
+
+def _find_const() -> Any:
+    """Return BroAPT's const module: the one that the host has loaded, or the one beside this vendored copy; or None."""
+    if __name__ in ('__main__', '__mp_main__'):
+        return None
+    name = __name__.rpartition('.')[0] + '.const' if '.' in __name__ else 'const'
+    beside = os.path.isfile(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'const.py'))
+    const = sys.modules.get(name) or (importlib.import_module(name) if beside else None)
+    return const if hasattr(const, 'KILL_SIGNAL') or hasattr(const, 'DOCKER_COMPOSE') else None
+
+
+# -- records ---------------------------------------------------------------------------------------------------------
+
+
+class State(enum.Enum):
+    """The states of a container, in Docker's words."""
+
+    CREATED = 'created'
+    RUNNING = 'running'
+    PAUSED = 'paused'
+    RESTARTING = 'restarting'
+    REMOVING = 'removing'
+    EXITED = 'exited'
+    DEAD = 'dead'
+
+
+_ALIVE = (State.RUNNING, State.PAUSED, State.RESTARTING)
+
+
+class Container(NamedTuple):
+    """One container of the project, as one look showed it."""
+
+    id: str
+    name: str
+    service: str
+    number: str  # which of the service's containers; a replacement bears the number of what it replaces
+    state: State
+    exit_code: Optional[int]  # None while it has not ended
+    health: str  # 'starting', 'healthy', 'unhealthy'; '' without a health check
+    since: str  # how long it is in this state, in Docker's words, such as '5 minutes'
+    watched: bool  # False if labelled broapt.watch=false
+    config_hash: str  # changes with the service's definition
+    network_owner: str  # id of the container whose network it uses; '' if it has its own
+
+    @property
+    def label(self) -> str:
+        """The service's name, with the number where it is not the first."""
+        return self.service if self.number in ('', '1') else '{}-{}'.format(self.service, self.number)
+
+    @property
+    def condition(self) -> str:
+        """The state in words, such as 'exited (137)' or 'unhealthy'."""
+        text = 'unhealthy' if self.health == 'unhealthy' else self.state.value
+        return text if self.exit_code is None else '{} ({})'.format(text, self.exit_code)
+
+
+class Service(NamedTuple):
+    """One service of the Compose file."""
+
+    scale: int = 1  # how many containers it shall have
+    watched: bool = True
+    network_of: str = ''  # the service whose network it uses
+    depends_on: Mapping[str, str] = {}  # service -> condition
+
+
+_LABELS = ['com.docker.compose.' + name for name in ('service', 'container-number', 'oneoff', 'config-hash')]
+_PS_FIELDS = ['.ID', '.Names', '.State', '.Status', '.Networks']
+_PS_FIELDS += ['(.Label "{}")'.format(label) for label in ['broapt.watch', *_LABELS]]
+_PS_FORMAT = '[{}]'.format(','.join('{{json %s}}' % field for field in _PS_FIELDS))
+_STATUS = re.compile(r'(?:Up|\w+ \((\d+)\)) ?(.*?)(?: ago)?(?: \((?:Paused|(?:health: )?(starting|healthy|unhealthy))\))?')
+
+
+def _parse_containers(text: str) -> List[Container]:
+    """Return what `docker ps --format _PS_FORMAT` printed, newest first, without one-offs; ValueError if it is not that."""
+    if text and not text.endswith('\n'):
+        raise ValueError('the last line is cut off')
+    containers = []
+    for line in text.splitlines():
+        ident, name, state, status, networks, watch, service, number, oneoff, config_hash = json.loads(line)
+        code, since, health = (_STATUS.fullmatch(status) or re.fullmatch('()()()', '')).groups()  # type: ignore[union-attr]
+        # Docker shows no network for a container in another one's; in whose, takes a second command.
+        record = Container(ident, name, service, number, State(state), int(code) if code else None, health or '', since,
+                           watch.lower() != 'false', config_hash, '' if networks else '?')  # fmt: skip
+        if oneoff != 'True':  # made by `compose run`: somebody's own business
+            containers.append(record)
+    return containers
+
+
+_CONFIG_LINE = re.compile(r'( *)(["\']?)([\w.-]+)\2:(?: (.*))?')
+
+
+def _parse_services(text: str) -> Dict[str, Service]:
+    """Return the services that `compose config` printed.
+
+    Compose 1.x prints YAML only, which the standard library can't read; but it is in canonical form, two spaces a
+    level, from both generations, so the few keys that matter are found by their path.
+    """
+    services: Dict[str, Service] = {}
+    path: List[str] = []
+    for found in filter(None, map(_CONFIG_LINE.fullmatch, text.splitlines())):
+        path[len(found.group(1)) // 2 :] = [found.group(3)]
+        if path[0] != 'services' or len(path) < 2:
+            continue
+        name, key, value = path[1], path[2:], (found.group(4) or '').strip('"\'')
+        service = services.setdefault(name, Service())
+        if key in (['scale'], ['deploy', 'replicas']) and value.isdigit():
+            service = service._replace(scale=int(value))
+        elif key == ['profiles']:  # Compose 1.29 prints those that are switched off as well
+            service = service._replace(scale=0)
+        elif key == ['labels', 'broapt.watch']:
+            service = service._replace(watched=value.lower() != 'false')
+        elif key == ['network_mode'] and value.startswith('service:'):
+            service = service._replace(network_of=value[len('service:') :])
+        elif key[:1] == ['depends_on'] and key[2:] == ['condition']:
+            service = service._replace(depends_on={**service.depends_on, key[1]: value})
+        services[name] = service
+    return services
+
+
+# -- the Docker layer ------------------------------------------------------------------------------------------------
+
+
+def _spawn(command: Sequence[str], errors: int = subprocess.PIPE) -> 'subprocess.Popen[bytes]':
+    """Start *command*, in a session of its own so that Ctrl+C in the terminal does not reach it."""
+    environment = None
+    if getattr(sys, 'frozen', False):  # PyInstaller's library path is not for Docker
+        environment = {key: value for key, value in os.environ.items() if key != 'LD_LIBRARY_PATH'}
+        if 'LD_LIBRARY_PATH_ORIG' in environment:
+            environment['LD_LIBRARY_PATH'] = environment['LD_LIBRARY_PATH_ORIG']
+    logger.debug('running %s', _quote(command))
+    streams: Dict[str, Any] = {'stdin': subprocess.DEVNULL, 'stdout': subprocess.PIPE, 'stderr': errors}
+    return subprocess.Popen(command, env=environment, start_new_session=True, **streams)
+
+
+def _kill(process: 'subprocess.Popen[bytes]') -> None:
+    """Kill the process with its whole group, and wait a moment for its end."""
+    with contextlib.suppress(ProcessLookupError, PermissionError, subprocess.TimeoutExpired):
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait(1)
+
+
+def _run(command: Sequence[str], limit: float, cancel: Any = None, echo: bool = False) -> str:
+    """Return what *command* wrote to standard output; with *echo*, all it writes is shown on standard error as it comes.
+
+    Raises ComposeError if it can't be started, fails, or has not ended after *limit* seconds, and _Cancelled once
+    *cancel* is readable. In the last two cases its whole process group is killed.
+    """
+    output, errors, process, reason = bytearray(), bytearray(), None, 'interrupted'
+    try:
+        process = _spawn(command)
+        _collect(process, {process.stdout: output, process.stderr: errors}, limit, cancel, echo)
+        reason = ''
+    except subprocess.TimeoutExpired:
+        reason = 'no answer within {:g} s'.format(limit)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, 'strerror', None) or str(error)
+    finally:
+        if process is not None:
+            if reason:
+                _kill(process)
+            process.stdout.close()  # type: ignore[union-attr]
+            process.stderr.close()  # type: ignore[union-attr]
+    out, code = output.decode('utf-8', 'replace'), process.returncode if process and not reason else None
+    if reason or code:
+        raise ComposeError(command, code, errors.decode('utf-8', 'replace'), reason, out)
+    return out
+
+
+def _collect(process: Any, buffers: Dict[Any, bytearray], limit: float, cancel: Any, echo: bool) -> None:
+    """Read what the process writes until it has ended; raise TimeoutExpired at the limit."""
+    end, pipes = time.monotonic() + limit, set(buffers)
+    with selectors.DefaultSelector() as selector:
+        for file in [*pipes, cancel] if cancel else pipes:
+            selector.register(file, selectors.EVENT_READ)
+        while pipes:
+            ready: List[Any] = [key.fileobj for key, _ in selector.select(max(0.0, min(end - time.monotonic(), 0.5)))]
+            if cancel in ready:
+                raise _Cancelled
+            for pipe in ready:
+                chunk = os.read(pipe.fileno(), 1 << 16)
+                if not chunk:
+                    selector.unregister(pipe)
+                    pipes.remove(pipe)
+                if echo:
+                    with contextlib.suppress(OSError, ValueError, AttributeError):  # full disk, closed or no stream
+                        sys.stderr.write(chunk.decode('utf-8', 'replace'))
+                        sys.stderr.flush()
+                buffers[pipe] += chunk
+                if echo or pipe is process.stderr:
+                    del buffers[pipe][:-_ERROR_LIMIT]
+                elif len(buffers[pipe]) > _OUTPUT_LIMIT:
+                    raise ValueError('its output does not end')
+            if time.monotonic() >= end:
+                raise subprocess.TimeoutExpired(process.args, limit)
+            if not ready and process.poll() is not None:
+                return  # it has ended, but a process that it left behind holds its pipes, as ssh's ControlPersist does
+    process.wait(max(0.01, end - time.monotonic()))
+
+
+class _Stack:
+    """The containers of one Compose project, by way of the commands of Docker and Compose."""
+
+    def __init__(self, settings: Settings, project: str = '', cancel: Any = None) -> None:
+        self.settings = settings
+        self.project = project  # '' while there is no container to read it off
+        self.cancel = cancel  # a file; once it is readable, commands are cancelled
+        self.network_owners: Dict[str, str] = {}
+
+    def docker(self, *arguments: str, grace: float = 0.0) -> str:
+        return _run(('docker', *arguments), self.settings.timeout + grace, self.cancel)
+
+    def compose(self, *arguments: str, limit: Optional[float] = None, echo: bool = False) -> str:
+        files = [part for file in self.settings.docker_compose for part in ('--file', file)]
+        command = (*self.settings.compose_command, *files, *arguments)
+        return _run(command, self.settings.timeout if limit is None else limit, self.cancel, echo)
+
+    @property
+    def filter(self) -> str:
+        """The filter for what belongs to the project."""
+        return '--filter=label=com.docker.compose.project=' + self.project
+
+    def find_project(self) -> str:
+        """Return the project's name, read off a container; '' if there is none. It is not always the folder's name."""
+        filters = ['--filter=id=' + ident for ident in self.compose('ps', '--all', '--quiet').split()[:9]]
+        template = '--format={{.Label "com.docker.compose.project"}}'
+        return self.docker('ps', '--all', template, *filters).split('\n')[0] if filters else ''
+
+    def observe(self) -> List[Container]:
+        """Return all containers of the project but one-offs, newest first. The only reader; one command."""
+        self.project = self.project or self.find_project()
+        text = self.docker('ps', '--all', '--no-trunc', self.filter, '--format', _PS_FORMAT) if self.project else ''
+        try:
+            containers = _parse_containers(text)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ComposeError(('docker', 'ps'), None, '', 'its answer is not understood: {}'.format(error)) from None
+        return self._find_network_owners(containers)
+
+    def _find_network_owners(self, containers: List[Container]) -> List[Container]:
+        """Fill in whose network a container uses; asked once for each container, since it never changes."""
+        ids = [c.id for c in containers if c.network_owner]
+        self.network_owners = {ident: owner for ident, owner in self.network_owners.items() if ident in ids}
+        new = [ident for ident in ids if ident not in self.network_owners]
+        if new:
+            with contextlib.suppress(ComposeError):  # one of them may be gone by now: the next look tells
+                for line in self.docker('inspect', '--format', '{{.Id}} {{.HostConfig.NetworkMode}}', *new).splitlines():
+                    ident, _, mode = line.partition(' ')
+                    self.network_owners[ident] = mode[len('container:') :] if mode.startswith('container:') else ''
+        return [c._replace(network_owner=self.network_owners.get(c.id, '')) for c in containers]
+
+    def services(self) -> Dict[str, Service]:
+        """Return the services that the Compose files declare now."""
+        return _parse_services(self.compose('config'))
+
+    def longest_grace(self, ids: Iterable[str]) -> float:
+        """Return the longest stop timeout of these containers, in seconds."""
+        try:
+            text = self.docker('inspect', '--format', '{{json .Config.StopTimeout}}', *ids)
+        except ComposeError as error:
+            text = error.stdout  # of those that are still there
+        return max([float(word) for word in text.split() if word.isdigit()] + [_DEFAULT_GRACE])
+
+    def open_events(self, since: str) -> Tuple['subprocess.Popen[bytes]', str]:
+        """Start `docker events` for what can begin a fault; return it, and the engine's time at which it will end.
+
+        It begins at the engine's time *since* ('': now). If its reader dies, it ends at the next event only, so it gets
+        an end; that is compared with the engine's clock, which may differ from this machine's.
+        """
+        since = since or self.docker('info', '--format', '{{.SystemTime}}').strip()
+        try:
+            start = datetime.datetime.strptime(since[:19], '%Y-%m-%dT%H:%M:%S')
+        except ValueError as error:
+            raise ComposeError(('docker', 'info'), None, '', 'its answer is not understood: {}'.format(error)) from None
+        until = (start + datetime.timedelta(seconds=_STREAM_LIFE)).isoformat() + since[19:]
+        filters = ['--filter=event=' + event for event in ('create', 'die', 'destroy', 'pause', 'health_status')]
+        command = ('docker', 'events', '--format={{.ID}}', '--since', since, '--until', until, '--filter=type=container')
+        return _spawn((*command, self.filter, *filters), subprocess.DEVNULL), until
+
+    def up(self) -> None:
+        """Build, create and start the stack, without a deadline."""
+        self.compose('up', '--build', '--detach', limit=math.inf, echo=True)
+
+    def unpause(self) -> List[Container]:
+        """Unpause what is paused, for it can neither be started by `up` nor stop gracefully; return all containers."""
+        containers = self.observe()
+        paused = [c.id for c in containers if c.state is State.PAUSED]
+        if paused:
+            self.docker('unpause', *paused)
+        return containers
+
+    def stop(self) -> None:
+        """Stop the stack gracefully, kill what outlasts its time, and clean up."""
+        try:
+            grace = self.longest_grace(c.id for c in self.unpause())
+            self.compose('stop', limit=self.settings.timeout + grace)
+        except ComposeError as error:
+            logger.error('%s; killing the containers', error)
+            alive = [c.id for c in self.observe() if c.state in _ALIVE]
+            if alive:
+                self.docker('kill', *alive)
+        try:
+            self.clean_up()
+        except ComposeError as error:
+            _warn('the stack is stopped, but the clean-up failed: {}'.format(error))
+
+    def clean_up(self) -> None:
+        """Delete what the setting *prune* says."""
+        if self.settings.prune is Prune.SYSTEM:
+            self.docker('system', 'prune', '--volumes', '--force')
+        elif self.settings.prune is Prune.PROJECT and self.project:
+            self._remove_containers()
+            networks = self.docker('network', 'ls', '--quiet', self.filter).split()
+            if networks:
+                self.docker('network', 'rm', *networks)
+            # Only Compose 2.x labels the images it builds. One that is in use stays: hence prune, not rm.
+            if self.docker('image', 'ls', '--quiet', '--filter=dangling=true', self.filter):
+                self.docker('image', 'prune', '--force', self.filter)
+
+    def _remove_containers(self) -> None:
+        """Remove the containers with their anonymous volumes; look again, for the engine may finish a cancelled `up`."""
+        for tries_left in (2, 1, 0):
+            ids = [c.id for c in self.observe()]
+            if not ids:
+                return
+            try:
+                self.docker('rm', '--force', '--volumes', *ids)
+            except ComposeError:  # perhaps somebody else removes them, too
+                if not tries_left:
+                    raise
+
+
+def _complete(settings: Optional[Settings]) -> Settings:
+    """Return the settings with the Compose command filled in."""
+    settings = Settings.load() if settings is None else settings
+    if settings.compose_command:
+        return settings
+    for command in (('docker', 'compose'), ('docker-compose',)):
+        with contextlib.suppress(ComposeError):
+            _run((*command, 'version'), settings.timeout)
+            return settings._replace(compose_command=command)
+    _run(('docker', '--version'), settings.timeout)  # raises if there is no Docker at all
+    raise ComposeError(('docker', 'compose'), None, '', 'no Compose found, neither this nor docker-compose')
+
+
+# -- decide ----------------------------------------------------------------------------------------------------------
+
+
+class Verb(enum.Enum):
+    """What mends a fault: the word for it in the log, then the command and its arguments."""
+
+    UNPAUSE = ('unpaused', 'docker', 'unpause')
+    START = ('started', 'docker', 'start')
+    RESTART = ('restarted', 'docker', 'restart')
+    REMOVE = ('removed', 'docker', 'rm', '--force', '--volumes')
+    # --no-deps: what a service depends on is watched itself, and `up` would run finished one-shot services again.
+    CREATE = ('created', 'compose', 'up', '--detach', '--no-recreate', '--no-deps')
+    UP = ('brought up', 'compose', 'up', '--detach', '--no-deps')
+    # --force-recreate: Compose 1.29 does not see that a container's network is gone.
+    RECREATE = ('created anew', 'compose', 'up', '--detach', '--force-recreate', '--no-deps')
+
+    def __init__(self, done: str, tool: str, *arguments: str) -> None:
+        self.done, self.tool, self.arguments = done, tool, arguments
+
+
+class Action(NamedTuple):
+    """A repair of one fault, due now or later. Times are seconds of a monotonic clock."""
+
+    verb: Verb
+    service: str
+    container: str  # id; '' where containers are missing
+    label: str
+    cause: str
+    since: float = 0.0  # when the fault was first seen
+    due: float = 0.0
+    attempt: int = 1  # the how manieth repair of its service in a row
+    began: float = 0.0  # when the first fault of that row was seen
+
+    @property
+    def key(self) -> Tuple[Verb, str]:
+        """What tells one fault from another."""
+        return self.verb, self.container or self.service
+
+    @property
+    def target(self) -> str:
+        """What the command names."""
+        return self.container if self.verb.tool == 'docker' else self.service
+
+
+class Streak(NamedTuple):
+    """Repairs of one service that followed each other with less than ten seconds of running in between."""
+
+    repairs: int
+    began: float  # when the first fault was seen
+    ended: float  # end of the last repair
+    unstartable: str = ''  # id of a container that `docker start` could not start
+
+
+class History(NamedTuple):
+    """What decide() needs to know of the past."""
+
+    since: Mapping[Tuple[Verb, str], float] = {}  # Action.key -> when that fault was first seen
+    streaks: Mapping[str, Streak] = {}  # service -> its last repairs
+
+
+def decide(
+    containers: Sequence[Container], services: Mapping[str, Service], now: float, history: History, settings: Settings
+) -> List[Action]:
+    """Return a repair for each fault, due at once or later. Pure.
+
+    *containers*: newest first; *now*: seconds of a monotonic clock.
+    """
+    actions = []
+    for action in _find_faults(containers, services, history, settings):
+        since = history.since.get(action.key, now)
+        streak = history.streaks.get(action.service)
+        if streak is None or since - streak.ended >= _STEADY:
+            streak = Streak(0, since, since)
+        delay = settings.settle
+        if streak.repairs and action.verb is not Verb.UNPAUSE:
+            delay = max(delay, min(2.0 ** min(streak.repairs - 1, 9), _LONGEST_DELAY))
+        actions.append(action._replace(since=since, due=since + delay, attempt=streak.repairs + 1, began=streak.began))
+    return actions
+
+
+def _find_faults(
+    containers: Sequence[Container], services: Mapping[str, Service], history: History, settings: Settings
+) -> Iterator[Action]:
+    own = [c for c in containers if c.service in services]
+    for container in own:
+        if container.watched and services[container.service].watched:
+            verb = _find_verb(container, own, services, history, settings)
+            if verb:
+                cause = 'its network is gone' if verb is Verb.RECREATE else container.condition
+                yield Action(verb, container.service, container.id, container.label, cause)
+    for name, service in services.items():
+        missing = service.scale - sum(c.service == name and c.state is not State.DEAD for c in own)
+        if missing > 0 and service.watched:
+            cause = 'missing' if service.scale == 1 else '{} of {} missing'.format(missing, service.scale)
+            yield Action(Verb.CREATE, name, '', name, cause)
+
+
+def _find_verb(
+    container: Container, own: Sequence[Container], services: Mapping[str, Service], history: History, settings: Settings
+) -> Optional[Verb]:
+    """Return what has to be done about this container; None: nothing, or not yet."""
+    name, state, service = container.service, container.state, services[container.service]
+    if state in (State.PAUSED, State.DEAD):
+        return Verb.UNPAUSE if state is State.PAUSED else Verb.REMOVE
+    if state in (State.RESTARTING, State.REMOVING) or _is_being_replaced(container, own):
+        return None  # Docker, or somebody, is at it
+    if service.network_of and not _is_met('service_started', service.network_of, own):
+        return None  # it can't run before that one does
+    if service.network_of and container.network_owner and all(c.id != container.network_owner for c in own):
+        return Verb.RECREATE
+    if state is State.RUNNING:
+        return Verb.RESTART if container.health == 'unhealthy' and settings.unhealthy is Unhealthy.RESTART else None
+    conditions = [other.depends_on.get(name) for other in services.values()]
+    if container.exit_code == 0 and 'service_completed_successfully' in conditions:
+        return None  # it has done its job
+    if state is State.CREATED and not all(_is_met(condition, other, own) for other, condition in service.depends_on.items()):
+        return None  # somebody's `up` waits for what it depends on
+    streak = history.streaks.get(name)
+    return Verb.UP if streak and container.id == streak.unstartable else Verb.START
+
+
+def _is_being_replaced(container: Container, own: Sequence[Container]) -> bool:
+    """Tell whether somebody's `up --force-recreate` is at work: for a while, old and new container bear one number.
+
+    Compose 2.x creates the new one beside the old one running, 1.29 beside the old one stopped. So of two that do not
+    run, only the newest may be started.
+    """
+    twins = [c for c in own if (c.service, c.number) == (container.service, container.number)]
+    return container.state not in _ALIVE and (twins[0] is not container or any(c.state in _ALIVE for c in twins))
+
+
+def _is_met(condition: str, name: str, own: Sequence[Container]) -> bool:
+    """Tell whether the service *name* is as a `depends_on` wants it."""
+    containers = [c for c in own if c.service == name]
+    if condition == 'service_completed_successfully':
+        return any(c.exit_code == 0 for c in containers)
+    return any(c.state is State.RUNNING and (condition != 'service_healthy' or c.health == 'healthy') for c in containers)
+
+
+def _mend(stack: _Stack, group: Sequence[Action]) -> str:
+    """Run the one command that mends these faults of one kind; return its output."""
+    verb, targets = group[0].verb, sorted({action.target for action in group})
+    if verb.tool == 'compose':
+        return stack.compose(*verb.arguments, *targets, limit=10 * stack.settings.timeout)
+    grace = stack.longest_grace(targets) if verb is Verb.RESTART else 0.0
+    return stack.docker(*verb.arguments, *targets, grace=grace)
+
+
+# -- the watcher -----------------------------------------------------------------------------------------------------
+
+
+class UpFlag(threading.Event):
+    """A flag that is up while the stack shall run; lowering it wakes the watcher at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._guard = threading.RLock()
+        self._pipe: Tuple[int, ...] = ()  # readable while the flag is down
+        self.set()
+
+    @property
+    def value(self) -> bool:
+        """Whether the flag is up; set it to False to end the watcher."""
+        return self.is_set()
+
+    @value.setter
+    def value(self, up: bool) -> None:
+        (self.set if up else self.clear)()
+
+    def set(self) -> None:
+        """Raise the flag."""
+        with self._guard:
+            if self._pipe and not self.is_set():
+                os.read(self._pipe[0], 1)
+            super().set()
+
+    def clear(self) -> None:
+        """Lower the flag."""
+        with self._guard:
+            if self._pipe and self.is_set():
+                os.write(self._pipe[1], b'.')
+            super().clear()
+
+    def fileno(self) -> int:
+        """Return a file descriptor that is readable while the flag is down; it lives as long as the flag."""
+        with self._guard:
+            if not self._pipe:
+                self._pipe = os.pipe()
+                if not self.is_set():
+                    os.write(self._pipe[1], b'.')
+            return self._pipe[0]
+
+
+UP_FLAG = UpFlag()
+
+
+class _Watch:
+    """Observe, decide, act, over and over. Repairs run in threads, so that a slow one holds up no other service."""
+
+    def __init__(
+        self, stack: _Stack, services: Optional[Mapping[str, Service]] = None, notify: Notify = str,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:  # fmt: skip
+        from concurrent.futures import Future, ThreadPoolExecutor
+
+        self.stack, self.settings, self.notify, self.clock = stack, stack.settings, notify, clock
+        self.services = services  # None: not read yet
+        self.history = History()
+        self.definitions: Set[Tuple[str, str]] = set()  # (service, config hash) of all containers seen
+        self.repairs: Dict[Future[str], Tuple[List[Action], float]] = {}  # under way: what, and since when
+        self.failures = 0  # repairs that failed
+        self.outage: Optional[float] = None  # when Docker stopped to answer
+        self.events: Optional[subprocess.Popen[bytes]] = None
+        self.events_opened = -math.inf
+        self.events_until = ''  # the engine's time up to which no event is missed
+        self.pool = ThreadPoolExecutor(16)
+        self.wake = os.pipe()  # written to when a repair has ended
+        self.selector = selectors.DefaultSelector()
+        for file in (self.wake[0], UP_FLAG):
+            self.selector.register(file, selectors.EVENT_READ)
+
+    def close(self) -> None:
+        """End what was started. Repairs under way end by themselves when the flag is lowered."""
+        self._close_events()
+        self.pool.shutdown()
+        self.selector.close()
+        for descriptor in self.wake:
+            os.close(descriptor)
+
+    def run(self) -> None:
+        """Watch until the flag is lowered."""
+        timeout = 0.0
+        with contextlib.closing(self):
+            while self.wait(timeout):
+                timeout = self.settings.interval
+                try:
+                    timeout = self.cycle()
+                except _Cancelled:
+                    pass  # wait() returns at once
+                except Exception:
+                    logger.exception('unexpected error; the next check is in %g s', timeout)
+
+    def wait(self, timeout: float) -> bool:
+        """Wait until a repair has ended, Docker reports an event, or the timeout; return False if the flag is down."""
+        for key, _ in self.selector.select(max(0.0, min(timeout, 1e6))):  # epoll takes 24 days at most
+            if key.fileobj is not UP_FLAG and not os.read(key.fd, 1 << 16):  # the end of the event stream
+                if self.clock() - self.events_opened < _STREAM_LIFE - 5:
+                    self.events_until = ''  # lost before its time: nobody knows what was missed
+                self._close_events()
+        return UP_FLAG.value
+
+    def _open_events(self, now: float) -> None:
+        """Keep a stream open. Each begins where the last one ended, so that no event falls in between."""
+        soonest = self.events_opened + min(self.settings.interval, _STREAM_LIFE / 2)
+        if self.events is None and self.stack.project and now >= soonest:
+            self.events_opened = now
+            with contextlib.suppress(OSError):  # no process to be had just now: the interval will do
+                self.events, self.events_until = self.stack.open_events(self.events_until)
+                self.selector.register(self.events.stdout, selectors.EVENT_READ)  # type: ignore[arg-type]
+
+    def _close_events(self) -> None:
+        if self.events is not None:
+            self.selector.unregister(self.events.stdout)  # type: ignore[arg-type]
+            _kill(self.events)
+            self.events.stdout.close()  # type: ignore[union-attr]
+            self.events = None
+
+    def cycle(self) -> float:
+        """Take one look and begin what is due; return the seconds until the next look is wanted."""
+        self._finish_repairs()
+        now, interval = self.clock(), self.settings.interval
+        try:
+            self._open_events(now)
+            containers = self.stack.observe()
+            services = self._refresh_services(containers)
+        except ComposeError as error:
+            self._close_events()
+            self.events_until = ''
+            self.history = self.history._replace(since={})  # nothing is repaired on the strength of old knowledge
+            if self.outage is None:
+                self.outage = now
+                _warn('Docker does not answer; trying again every {:g} s: {}'.format(interval, error))
+            return interval
+        if self.outage is not None:
+            logger.info('Docker answers again, after %.0f s', now - self.outage)
+            self.outage = None
+        actions = decide(containers, services, now, self.history, self.settings)
+        self._warn_of_loops(actions, now)
+        self.history = self.history._replace(since={action.key: action.since for action in actions})
+        busy = {action.service for group, _ in self.repairs.values() for action in group}
+        self._act([action for action in actions if action.due <= now and action.service not in busy])
+        self.notify('STATUS={}\nWATCHDOG=1'.format(_summarize(containers, services, actions)))
+        return min([now + interval] + [action.due for action in actions if action.due > now]) - self.clock()
+
+    def _refresh_services(self, containers: Sequence[Container]) -> Mapping[str, Service]:
+        """Read the Compose files at the beginning, and again when somebody has deployed a changed definition."""
+        seen = {(c.service, c.config_hash) for c in containers}
+        changed = bool(self.definitions) and not seen <= self.definitions
+        self.definitions |= seen
+        if self.services is None:
+            self.services = self.stack.services()
+        elif changed:
+            self._read_services_again()
+        return self.services
+
+    def _read_services_again(self) -> None:
+        try:
+            self.services = self.stack.services()
+        except ComposeError as error:
+            _warn('the Compose file cannot be read; going on by what it said before: {}'.format(error))
+
+    def _warn_of_loops(self, actions: Iterable[Action], now: float) -> None:
+        for action in actions:
+            if action.attempt >= _LOOP and action.key not in self.history.since and action.verb is not Verb.UNPAUSE:
+                text = '{}: crash loop, {} for the {} time in {:.0f} s; next try in {:.0f} s'
+                times = (_ordinal(action.attempt), now - action.began, action.due - now)
+                _warn(text.format(action.label, action.cause, *times))
+
+    def _act(self, actions: Iterable[Action]) -> None:
+        """Begin the repairs: one command for all first attempts of a kind, one for each service that failed before."""
+        groups: Dict[Tuple[Verb, str], List[Action]] = {}
+        for action in actions:
+            groups.setdefault((action.verb, action.service if action.attempt > 1 else ''), []).append(action)
+        for (verb, _), group in groups.items():
+            if verb.tool == 'compose' and any(other[0].verb.tool == 'compose' for other, _ in self.repairs.values()):
+                continue  # two at a time would create the same network twice
+            future = self.pool.submit(_mend, self.stack, group)
+            self.repairs[future] = (group, self.clock())
+            future.add_done_callback(lambda _: os.write(self.wake[1], b'.'))
+
+    def _finish_repairs(self) -> None:
+        for future in [future for future in self.repairs if future.done()]:
+            group, began = self.repairs.pop(future)
+            error = future.exception()
+            if isinstance(error, _Cancelled):
+                continue
+            for action in group:
+                # Docker prints the id of each container that it has mended, also if it fails for others.
+                failed = error is not None and action.container not in getattr(error, 'stdout', '').split()
+                self.failures += failed
+                self._record(action, failed)
+                if failed:
+                    logger.error('%s: %s, not %s: %s', action.label, action.cause, action.verb.done, error)
+                else:
+                    seconds = self.clock() - began
+                    logger.info('%s: %s -> %s (%.2f s)', action.label, action.cause, action.verb.done, seconds)
+            if error is not None and group[0].verb.tool == 'compose':
+                self._read_services_again()  # perhaps it is not declared any more
+
+    def _record(self, action: Action, failed: bool) -> None:
+        """Remember a repair: its fault is over, or begins anew, and the next one of this service may have to wait."""
+        since = {key: seen for key, seen in self.history.since.items() if key != action.key}
+        streaks = dict(self.history.streaks)
+        if action.verb is not Verb.UNPAUSE:
+            unstartable = action.container if failed and action.verb is Verb.START else ''
+            streaks[action.service] = Streak(action.attempt, action.began, self.clock(), unstartable)
+        self.history = History(since, streaks)
+
+
+def _summarize(containers: Sequence[Container], services: Mapping[str, Service], actions: Sequence[Action]) -> str:
+    if actions:
+        return '; '.join('{}: {}'.format(action.label, action.cause) for action in actions)
+    own = [c for c in containers if c.service in services]
+    return '{} of {} running'.format(sum(c.state is State.RUNNING for c in own), len(own))
+
+
+def _ordinal(number: int) -> str:
+    return str(number) + ('th' if 10 < number % 100 < 14 else {1: 'st', 2: 'nd', 3: 'rd'}.get(number % 10, 'th'))
+
+
+# -- the watcher as a thread or a process ----------------------------------------------------------------------------
+
+
+class _Plan(NamedTuple):
+    """All that a watcher starts with; it travels to a watcher process."""
+
+    settings: Settings
+    project: str = ''
+    services: Optional[Dict[str, Service]] = None
+    notify: Notify = str  # takes a message for systemd
+
+
+def _watch(plan: _Plan) -> None:
+    _Watch(_Stack(plan.settings, plan.project, UP_FLAG), plan.services, plan.notify).run()
+
+
+def _watch_in_process(plan: _Plan) -> None:
+    """Keep a watcher process running while the flag is up."""
+    import multiprocessing
+
+    with selectors.DefaultSelector() as selector:
+        selector.register(UP_FLAG, selectors.EVENT_READ)
+        while UP_FLAG.value:
+            ours, theirs = multiprocessing.Pipe()
+            arguments = (theirs, ours, plan, logger.level)
+            process = multiprocessing.Process(target=_process_main, args=arguments, daemon=True)
+            with contextlib.closing(ours), contextlib.suppress(OSError):  # no process to be had just now
+                process.start()
+                theirs.close()
+                selector.register(ours, selectors.EVENT_READ)
+                selector.select()  # until the flag is lowered, or the process has died and its end of the pipe with it
+                selector.unregister(ours)
+            if process.pid is not None:
+                process.join(2)
+            if not selector.select(_RESPAWN):
+                _warn('the watcher process has died (exit code {}); starting it again'.format(process.exitcode))
+
+
+def _process_main(channel: Any, parents_end: Any, plan: _Plan, level: int) -> None:
+    """Watch in a process of its own, until the parent closes its end of the channel or is gone."""
+    parents_end.close()  # with this copy open, the end of the parent would go unnoticed
+    for signum in (signal.SIGINT, plan.settings.kill_signal):
+        signal.signal(signum, lambda *_: None)  # the parent's business; not SIG_IGN, which commands would inherit
+    UP_FLAG.__init__()  # type: ignore[misc]  # a forked copy would wake the parent's watcher
+    if level:
+        _set_up_logging(level)
+    threading.Thread(target=_lower_with_parent, args=(channel, os.getppid()), daemon=True).start()
+    _watch(plan)
+
+
+def _lower_with_parent(channel: Any, parent: int) -> None:
+    """Lower the flag when the parent closes the channel, or has died while a fork of it still holds it open."""
+    while not channel.poll(1.0) and os.getppid() == parent:
+        pass
+    UP_FLAG.value = False
+
+
+# -- the functions for the host --------------------------------------------------------------------------------------
+
+
+def start_container(settings: Optional[Settings] = None) -> None:
+    """Bring the stack up (`up --build --detach`), unpausing first what was left paused. There is no deadline.
+
+    Raises ComposeError if Docker or Compose fails, ValueError for a bad setting.
+    """
+    stack = _Stack(_complete(settings))
+    stack.unpause()
+    stack.up()
+
+
+def stop_container(settings: Optional[Settings] = None) -> None:
+    """Stop the stack gracefully, kill what outlasts its time, and clean up as the setting *prune* says.
+
+    Raises ComposeError if it can't be stopped, ValueError for a bad setting; a failed clean-up is a ComposeWarning.
+    """
+    _Stack(_complete(settings)).stop()
+
+
+def watch_container(settings: Optional[Settings] = None) -> None:
+    """Watch and repair the stack, in this thread, until UP_FLAG is lowered.
+
+    That Docker does not answer is a ComposeWarning, and it goes on trying. Raises ComposeError only if there is no
+    Compose command at all, ValueError for a bad setting.
+    """
+    _watch(_Plan(_complete(settings)))
+
+
+def docker_compose(settings: Optional[Settings] = None) -> ContextManager[UpFlag]:
+    """Return a context manager: inside, the stack is up and watched; at the end it is stopped and cleaned up.
+
+    It gives UP_FLAG. Entering raises ComposeError if the stack can't be started (all is undone then), ValueError for a
+    bad setting. What the body raises comes out again after the clean-up, which no further signal interrupts.
+    """
+    return _supervise(settings, str)
+
+
+@contextlib.contextmanager
+def _supervise(settings: Optional[Settings], notify: Notify) -> Iterator[UpFlag]:
+    settings = _complete(settings)
+    stack = _Stack(settings)
+    signals = [signal.SIGINT, settings.kill_signal] if _is_main_thread() else []
+    _Signals.exiting = False
+    with _handling(signum for signum in signals if callable(signal.getsignal(signum))):
+        UP_FLAG.value = True
+        stack.unpause()
+        failed = True
+        try:
+            try:
+                stack.up()
+                services, counts = stack.services(), collections.Counter(c.service for c in stack.observe())
+                services = {name: service._replace(scale=counts[name]) for name, service in services.items()}
+                with _watching(_Plan(settings, stack.project, services, notify)):
+                    notify('READY=1')
+                    yield UP_FLAG
+                failed = False
+            finally:
+                _Signals.exiting = True  # from here on, further signals are only noted
+        finally:  # twice, for a signal that comes before that
+            with _handling(signals):
+                UP_FLAG.value = False
+                notify('STOPPING=1')
+                _stop(stack, failed)
+
+
+def _stop(stack: _Stack, failed: bool) -> None:
+    logger.info('stopping the stack')
+    try:
+        stack.stop()
+    except ComposeError as error:
+        if not failed:
+            raise
+        _warn('the stack could not be stopped: {}'.format(error))  # what went wrong before comes out
+
+
+@contextlib.contextmanager
+def _watching(plan: _Plan) -> Iterator[None]:
+    target = _watch_in_process if plan.settings.watcher is Watcher.PROCESS else _watch
+    thread = threading.Thread(target=target, args=(plan,), name='broapt-watchdog', daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        UP_FLAG.value = False
+        thread.join()
+
+
+# -- signals ---------------------------------------------------------------------------------------------------------
+
+
+class _Signals:
+    """What the signal handler knows. Plain attributes, since a handler must take no lock."""
+
+    number: Optional[int] = None  # the kill signal
+    previous: Dict[int, Any] = {}  # the handlers that flask_exit replaced
+    exiting = False  # from the first signal, or the beginning of the clean-up, on
+    noted: List[int] = []  # signals that came later
+
+
+def flask_exit(signum: Optional[int] = None, frame: Any = None) -> None:
+    """End the server: as a signal handler, or called directly, for example in a Flask view.
+
+    As a handler it calls the handler that was there before, else raises KeyboardInterrupt, on which Flask's and
+    waitress's servers return normally; further signals are only noted. Called directly it uses
+    `werkzeug.server.shutdown` (Werkzeug before 2.1), else sends this process its own kill signal.
+    """
+    if signum is None:
+        flask = sys.modules.get('flask')
+        environ = flask.request.environ if flask is not None and flask.has_request_context() else {}
+        kill_signal = _Signals.number or Settings.load().signal
+        environ.get('werkzeug.server.shutdown', lambda: os.kill(os.getpid(), kill_signal))()
+    elif _Signals.exiting:
+        _Signals.noted.append(signum)
+    else:
+        _Signals.exiting = True
+        previous = _Signals.previous.get(signum)
+        if not callable(previous):
+            raise KeyboardInterrupt
+        previous(signum, frame)
+
+
+def register(settings: Optional[Settings] = None) -> None:
+    """Make flask_exit the handler of the kill signal. Raises ValueError outside the main thread, or for a bad setting."""
+    settings = Settings.load() if settings is None else settings
+    if not _is_main_thread():
+        raise ValueError('register() must be called in the main thread: Python handles signals there')
+    _Signals.number, _Signals.exiting = settings.kill_signal, False
+    _hook(settings.kill_signal)
+
+
+def _is_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
+
+def _hook(signum: int) -> None:
+    if signal.getsignal(signum) is not flask_exit:
+        _Signals.previous[signum] = signal.getsignal(signum)
+        signal.signal(signum, flask_exit)
+
+
+@contextlib.contextmanager
+def _handling(signals: Iterable[int]) -> Iterator[None]:
+    """Let flask_exit handle these signals: the first one interrupts, further ones are noted.
+
+    One signal can come twice at once: a PyInstaller program is two processes, and the first one forwards.
+    """
+    # None is a handler that Python can't put back.
+    replaced = [signum for signum in signals if signal.getsignal(signum) not in (flask_exit, None)]
+    for signum in replaced:
+        _hook(signum)
+    try:
+        yield
+    finally:
+        for signum in replaced:
+            signal.signal(signum, _Signals.previous.pop(signum))
+        while _Signals.noted:
+            name = signal.Signals(_Signals.noted.pop(0)).name
+            logger.info('%s came while the stack was being stopped; it changed nothing', name)
+
+
+# -- the command line ------------------------------------------------------------------------------------------------
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Run the command line; return the exit code: 0 fine, 1 Docker failed or a fault was found, 2 bad usage or setting."""
+    parser = _make_parser()
+    arguments = vars(parser.parse_args(argv))
+    command, dry_run, as_json = arguments.pop('command'), arguments.pop('dry_run'), arguments.pop('json')
+    if dry_run and command != 'check' or as_json and command != 'status':
+        parser.error('--dry-run goes with check, --json with status')
+    _set_up_logging(arguments.pop('level'))
+    try:
+        settings = _complete(Settings.load(**arguments))
+        if command == 'check':
+            return _check(settings, dry_run)
+        return _status(settings, as_json) if command == 'status' else _run_until_signal(settings)
+    except (ValueError, ComposeError) as error:
+        print('broapt_compose: {}'.format(error), file=sys.stderr)
+        return 1 if isinstance(error, ComposeError) else 2
+
+
+def _make_parser() -> Any:
+    import argparse
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> Any:
+            self.exit(2, '{}: {}; --help lists what is accepted\n'.format(self.prog, message))
+
+    parser = Parser('broapt_compose', allow_abbrev=False)
+    parser.description = 'Bring a Docker Compose stack up, keep it up, and stop it at the end.'
+    parser.epilog = 'Every setting can also come from the environment, for example BROAPT_INTERVAL.'
+    commands = 'run: up, watch, stop at the signal (default); check: look once, and repair; status: a table'
+    parser.add_argument('command', nargs='?', choices=('run', 'check', 'status'), default='run', help=commands)
+    for option in _OPTIONS:
+        action = 'append' if option.parse is _parse_files else 'store'
+        metavar = max(option.flags[:2], key=len).lstrip('-').upper()
+        parser.add_argument(*option.flags, dest=option.field, metavar=metavar, action=action, help=option.help)
+    parser.add_argument('--dry-run', action='store_true', help='with check: tell what would be done and why, and do nothing')
+    parser.add_argument('--json', action='store_true', help='with status: print one JSON document')
+    level: Dict[str, Any] = {'dest': 'level', 'action': 'store_const', 'default': logging.INFO}
+    parser.add_argument('-v', '--verbose', const=logging.DEBUG, help='log every command', **level)
+    parser.add_argument('-q', '--quiet', const=logging.WARNING, help='log only warnings and errors', **level)
+    parser.add_argument('-V', '--version', action='version', version='%(prog)s ' + __version__)
+    return parser
+
+
+def _set_up_logging(level: int) -> None:
+    logging.basicConfig(format='%(asctime)s %(levelname)s %(message)s')
+    logging.raiseExceptions = False  # on a full disk, no tracebacks on top of what can't be written
+    logger.setLevel(level)
+    warnings.simplefilter('ignore', ComposeWarning)  # the log has them
+
+
+def _run_until_signal(settings: Settings) -> int:
+    register(settings)
+    _hook(signal.SIGINT)
+    usec = os.environ.get('WATCHDOG_USEC', '') if os.environ.get('WATCHDOG_PID', str(os.getpid())) == str(os.getpid()) else ''
+    if usec.isdigit():  # check twice as often as systemd wants to hear of it: sd_watchdog_enabled(3)
+        settings = settings._replace(interval=min(settings.interval, max(int(usec), 1) / 2e6))
+    try:
+        with _supervise(settings, _notify):
+            logger.info('the stack is up and watched; %s or Ctrl+C stops it', signal.Signals(settings.kill_signal).name)
+            threading.Event().wait()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        for signum in (signal.SIGINT, settings.kill_signal):
+            signal.signal(signum, signal.SIG_IGN)  # nothing is left to interrupt
+    return 0
+
+
+def _notify(text: str) -> None:
+    """Tell systemd, if it listens: sd_notify(3)."""
+    import socket
+
+    address = os.environ.get('NOTIFY_SOCKET', '')
+    if address:
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.setblocking(False)
+            sock.sendto(text.encode(), '\0' + address[1:] if address.startswith('@') else address)
+
+
+def _check(settings: Settings, dry_run: bool) -> int:
+    """Look, wait until the faults have settled, look again, and repair what still is wrong."""
+    with contextlib.closing(_Watch(_Stack(settings))) as watch:
+        if dry_run:
+            return _explain(watch.stack)
+        settled = watch.clock() + settings.settle
+        while True:
+            timeout = watch.cycle()
+            if watch.outage is not None or watch.clock() >= settled and not watch.repairs:
+                return 1 if watch.outage is not None or watch.failures else 0
+            watch.wait(timeout if watch.repairs else min(timeout, settled - watch.clock()))
+
+
+def _explain(stack: _Stack) -> int:
+    """Print for each container what would be done, and why."""
+    containers, services = stack.observe(), stack.services()
+    actions = decide(containers, services, 0.0, History(), stack.settings)
+    for container in containers:
+        if container.id not in [action.container for action in actions]:
+            print('{}: {}: nothing to do'.format(container.label, container.condition))
+    for action in actions:
+        command = _quote([action.verb.tool, *action.verb.arguments, action.target])
+        print('{}: {}: would run `{}`'.format(action.label, action.cause, command))
+    if not actions:
+        print('all is well')
+    return 0
+
+
+def _status(settings: Settings, as_json: bool) -> int:
+    """Print a row for each container and for each service without one; return 1 if one does not run as it should."""
+    stack = _Stack(settings)
+    containers, services = sorted(stack.observe(), key=lambda c: c.label), stack.services()
+    faults = decide(containers, services, 0.0, History(), settings._replace(unhealthy=Unhealthy.RESTART))
+    rows = [{'service': c.service, 'container': c.name, 'id': c.id, 'state': c.state.value, 'exit_code': c.exit_code,
+             'health': c.health, 'since': c.since, 'watched': c.watched} for c in containers]  # fmt: skip
+    rows += [{'service': fault.service, 'state': 'missing'} for fault in faults if not fault.container]
+    if as_json:
+        print(json.dumps({'project': stack.project, 'ok': not faults, 'containers': rows}, indent=2))
+    else:
+        _print_table(rows, {fault.container or fault.service for fault in faults})
+    return 1 if faults else 0
+
+
+def _print_table(rows: Iterable[Mapping[str, Any]], faulty: Set[str]) -> None:
+    """Print the rows aligned; on a terminal, what is wrong in red and what is well in green (not with NO_COLOR)."""
+    colour = sys.stdout.isatty() and 'NO_COLOR' not in os.environ
+    table = [['SERVICE', 'CONTAINER', 'STATE', 'HEALTH', 'SINCE']]
+    table += [[str(row.get(key) or '-') for key in ('service', 'container', 'state', 'health', 'since')] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*table)]
+    for row, cells in zip([{}, *rows], table):
+        line = '  '.join(cell.ljust(width) for cell, width in zip(cells, widths)).rstrip()
+        red = row.get('id', row.get('service')) in faulty
+        print('\033[{}m{}\033[0m'.format(31 if red else 32, line) if colour and row else line)
+
+
+if __name__ == '__main__':
+    sys.exit(main())
