@@ -617,6 +617,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     figures: List[Figure] = []
     with tempfile.TemporaryDirectory(prefix='bench-') as options.work, contextlib.closing(EventLog()) as log:
         options.environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'PYTHONPYCACHEPREFIX': options.work}
+        options.environment.pop('PYTHONDONTWRITEBYTECODE', None)
         for section in options.only:
             say(f'{section} ...')
             figures += SECTIONS[section](options, log)
