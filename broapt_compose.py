@@ -106,7 +106,8 @@ class ComposeError(Exception):
     def __init__(self, command: Sequence[str], returncode: Optional[int], stderr: str, reason: str = '', stdout: str = '') -> None:
         super().__init__(command, returncode, stderr, reason, stdout)
         self.command, self.returncode, self.stderr, self.stdout = list(command), returncode, stderr, stdout
-        self.reason = reason or (stderr.strip().splitlines() or ['no reason given'])[-1].strip()
+        lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+        self.reason = reason or '; '.join([line for line in lines if 'error' in line.lower()][-2:] or lines[-1:])
 
     def __str__(self) -> str:
         code = '' if self.returncode is None else 'exit code {}: '.format(self.returncode)
@@ -465,15 +466,16 @@ class _Stack:
         """The filter for what belongs to the project."""
         return '--filter=label=com.docker.compose.project=' + self.project
 
-    def find_project(self) -> str:
-        """Return the project's name, read off a container; '' if there is none. It is not always the folder's name."""
-        filters = ['--filter=id=' + ident for ident in self.compose('ps', '--all', '--quiet').split()[:9]]
-        template = '--format={{.Label "com.docker.compose.project"}}'
-        return self.docker('ps', '--all', template, *filters).split('\n')[0] if filters else ''
+    def find_project(self) -> None:
+        """Read the project's name off a container, unless it is known: it is not always the folder's name."""
+        filters = [] if self.project else ['--filter=id=' + ident for ident in self.compose('ps', '--all', '--quiet').split()[:9]]
+        if filters:
+            template = '--format={{.Label "com.docker.compose.project"}}'
+            self.project = self.docker('ps', '--all', template, *filters).split('\n')[0]
 
     def observe(self) -> List[Container]:
         """Return all containers of the project but one-offs, newest first. The only reader; one command."""
-        self.project = self.project or self.find_project()
+        self.find_project()
         text = self.docker('ps', '--all', '--no-trunc', self.filter, '--format', _PS_FORMAT) if self.project else ''
         try:
             containers = _parse_containers(text)
@@ -699,13 +701,17 @@ def _find_verb(
         return Verb.RECREATE
     if state is State.RUNNING:
         return Verb.RESTART if container.health == 'unhealthy' and settings.unhealthy is Unhealthy.RESTART else None
-    conditions = [other.depends_on.get(name) for other in services.values()]
-    if container.exit_code == 0 and 'service_completed_successfully' in conditions:
-        return None  # it has done its job
+    if _has_done_its_job(container, services):
+        return None
     if state is State.CREATED and not all(_is_met(condition, other, own) for other, condition in service.depends_on.items()):
         return None  # somebody's `up` waits for what it depends on
     streak = history.streaks.get(name)
     return Verb.UP if streak and container.id == streak.unstartable else Verb.START
+
+
+def _has_done_its_job(container: Container, services: Mapping[str, Service]) -> bool:
+    wanted = [service.depends_on.get(container.service) for service in services.values()]
+    return container.state is State.EXITED and container.exit_code == 0 and 'service_completed_successfully' in wanted
 
 
 def _is_being_replaced(container: Container, own: Sequence[Container]) -> bool:
@@ -800,7 +806,7 @@ class _Watch:
         self.failures = 0  # repairs that failed
         self.outage: Optional[float] = None  # when Docker stopped to answer
         self.events: Optional[subprocess.Popen[bytes]] = None
-        self.events_opened = -math.inf
+        self.events_opened = self.reopening = -math.inf
         self.events_until = ''  # the engine's time up to which no event is missed
         self.pool = ThreadPoolExecutor(16)
         self.wake = os.pipe()  # written to when a repair has ended
@@ -840,9 +846,8 @@ class _Watch:
 
     def _open_events(self, now: float) -> None:
         """Keep a stream open. Each begins where the last one ended, so that no event falls in between."""
-        soonest = self.events_opened + min(self.settings.interval, _STREAM_LIFE / 2)
-        if self.events is None and self.stack.project and now >= soonest:
-            self.events_opened = now
+        if self.events is None and self.stack.project and now >= self.reopening:
+            self.events_opened, self.reopening = now, now + min(self.settings.interval, _STREAM_LIFE / 2)
             with contextlib.suppress(OSError):  # no process to be had just now: the interval will do
                 self.events, self.events_until = self.stack.open_events(self.events_until)
                 self.selector.register(self.events.stdout, selectors.EVENT_READ)  # type: ignore[arg-type]
@@ -856,9 +861,10 @@ class _Watch:
 
     def cycle(self) -> float:
         """Take one look and begin what is due; return the seconds until the next look is wanted."""
-        self._finish_repairs()
+        self.finish_repairs()
         now, interval = self.clock(), self.settings.interval
         try:
+            self.stack.find_project()
             self._open_events(now)
             containers = self.stack.observe()
             services = self._refresh_services(containers)
@@ -879,7 +885,8 @@ class _Watch:
         busy = {action.service for group, _ in self.repairs.values() for action in group}
         self._act([action for action in actions if action.due <= now and action.service not in busy])
         self.notify('STATUS={}\nWATCHDOG=1'.format(_summarize(containers, services, actions)))
-        return min([now + interval] + [action.due for action in actions if action.due > now]) - self.clock()
+        waiting = [now + interval, self.reopening if self.stack.project and not self.events else math.inf]
+        return min(waiting + [action.due for action in actions if action.due > now]) - self.clock()
 
     def _refresh_services(self, containers: Sequence[Container]) -> Mapping[str, Service]:
         """Read the Compose files at the beginning, and again when somebody has deployed a changed definition."""
@@ -917,7 +924,8 @@ class _Watch:
             self.repairs[future] = (group, self.clock())
             future.add_done_callback(lambda _: os.write(self.wake[1], b'.'))
 
-    def _finish_repairs(self) -> None:
+    def finish_repairs(self) -> None:
+        """Take note of the repairs that have ended."""
         for future in [future for future in self.repairs if future.done()]:
             group, began = self.repairs.pop(future)
             error = future.exception()
@@ -1125,7 +1133,7 @@ def flask_exit(signum: Optional[int] = None, frame: Any = None) -> None:
     if signum is None:
         flask = sys.modules.get('flask')
         environ = flask.request.environ if flask is not None and flask.has_request_context() else {}
-        kill_signal = _Signals.number or Settings.load().signal
+        kill_signal = _Signals.number or Settings.load().kill_signal
         environ.get('werkzeug.server.shutdown', lambda: os.kill(os.getpid(), kill_signal))()
     elif _Signals.exiting:
         _Signals.noted.append(signum)
@@ -1263,12 +1271,15 @@ def _check(settings: Settings, dry_run: bool) -> int:
     with contextlib.closing(_Watch(_Stack(settings))) as watch:
         if dry_run:
             return _explain(watch.stack)
+        watch.cycle()
         settled = watch.clock() + settings.settle
-        while True:
-            timeout = watch.cycle()
-            if watch.outage is not None or watch.clock() >= settled and not watch.repairs:
-                return 1 if watch.outage is not None or watch.failures else 0
-            watch.wait(timeout if watch.repairs else min(timeout, settled - watch.clock()))
+        while watch.clock() < settled:
+            watch.wait(settled - watch.clock())
+        watch.cycle()
+        while watch.repairs:
+            watch.wait(settings.interval)
+            watch.finish_repairs()
+        return 1 if watch.outage is not None or watch.failures else 0
 
 
 def _explain(stack: _Stack) -> int:
@@ -1287,30 +1298,36 @@ def _explain(stack: _Stack) -> int:
 
 
 def _status(settings: Settings, as_json: bool) -> int:
-    """Print a row for each container and for each service without one; return 1 if one does not run as it should."""
+    """Print a row for each container and for each service that lacks one; return 1 if one is not as it should be."""
     stack = _Stack(settings)
-    containers, services = sorted(stack.observe(), key=lambda c: c.label), stack.services()
-    faults = decide(containers, services, 0.0, History(), settings._replace(unhealthy=Unhealthy.RESTART))
-    rows = [{'service': c.service, 'container': c.name, 'id': c.id, 'state': c.state.value, 'exit_code': c.exit_code,
-             'health': c.health, 'since': c.since, 'watched': c.watched} for c in containers]  # fmt: skip
-    rows += [{'service': fault.service, 'state': 'missing'} for fault in faults if not fault.container]
+    containers, services = stack.observe(), stack.services()
+    rows = []
+    for c in containers:
+        well = c.state is State.RUNNING and c.health != 'unhealthy' or _has_done_its_job(c, services)
+        row = {'service': c.service, 'container': c.name, 'id': c.id, 'state': c.condition, 'health': c.health, 'since': c.since}
+        rows.append({**row, 'watched': c.watched, 'fault': not well and c.watched and c.service in services})
+    for action in decide(containers, services, 0.0, History(), settings):
+        if not action.container:
+            rows.append({'service': action.service, 'state': action.cause, 'fault': True})
+    rows.sort(key=lambda row: (row['service'], row.get('container', '')))
+    ok = not any(row['fault'] for row in rows)
     if as_json:
-        print(json.dumps({'project': stack.project, 'ok': not faults, 'containers': rows}, indent=2))
+        print(json.dumps({'project': stack.project, 'ok': ok, 'containers': rows}, indent=2))
     else:
-        _print_table(rows, {fault.container or fault.service for fault in faults})
-    return 1 if faults else 0
+        _print_table(rows)
+    return 0 if ok else 1
 
 
-def _print_table(rows: Iterable[Mapping[str, Any]], faulty: Set[str]) -> None:
-    """Print the rows aligned; on a terminal, what is wrong in red and what is well in green (not with NO_COLOR)."""
+def _print_table(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print the rows aligned; on a terminal, what is wrong in red and the rest in green (not with NO_COLOR)."""
     colour = sys.stdout.isatty() and 'NO_COLOR' not in os.environ
-    table = [['SERVICE', 'CONTAINER', 'STATE', 'HEALTH', 'SINCE']]
-    table += [[str(row.get(key) or '-') for key in ('service', 'container', 'state', 'health', 'since')] for row in rows]
+    columns = ('service', 'container', 'state', 'health', 'since')
+    table = [[name.upper() for name in columns]] + [[row.get(name) or '-' for name in columns] for row in rows]
     widths = [max(map(len, column)) for column in zip(*table)]
-    for row, cells in zip([{}, *rows], table):
+    for index, cells in enumerate(table):
         line = '  '.join(cell.ljust(width) for cell, width in zip(cells, widths)).rstrip()
-        red = row.get('id', row.get('service')) in faulty
-        print('\033[{}m{}\033[0m'.format(31 if red else 32, line) if colour and row else line)
+        code = 31 if index and rows[index - 1]['fault'] else 32
+        print('\033[{}m{}\033[0m'.format(code, line) if colour and index else line)
 
 
 if __name__ == '__main__':

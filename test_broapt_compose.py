@@ -1,0 +1,1122 @@
+# SPDX-FileCopyrightText: 2026 the broapt_compose authors
+# SPDX-License-Identifier: BSD-3-Clause
+"""Tests of the Docker watchdog: first what needs no engine, with a scripted `docker` on PATH; last, on a real engine."""
+
+import contextlib
+import json
+import os
+import pathlib
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+import warnings
+
+import pytest
+
+import broapt_compose as bc
+from broapt_compose import Action, ComposeError, ComposeWarning, Container, History, Service, Settings, State, Streak, Verb
+
+HERE = pathlib.Path(__file__).resolve().parent
+MODULE = HERE / 'broapt_compose.py'
+
+# -- captured outputs ------------------------------------------------------------------------------------------------
+
+PS = '\n'.join(
+    [
+        '["aa00","shop-side-1","running","Up 2 seconds","","","side","1","False","h1"]',
+        '["bb00","shop-core-1","running","Up 5 minutes (unhealthy)","shop_default","","core","1","False","h2"]',
+        '["cc00","shop-init-1","exited","Exited (0) 1 second ago","shop_default","","init","1","False","h3"]',
+        '["dd00","shop-core-2","paused","Up About an hour (Paused)","shop_default","FALSE","core","2","False","h2"]',
+        '["ee00","shop-core-3","restarting","Restarting (1) 3 seconds ago","shop_default","","core","3","False","h2"]',
+        '["ff00","shop-core-run-1","exited","Exited (1) 3 days ago","shop_default","","core","1","True","h2"]',
+        '["gg00","shop-new-1","created","Created","shop_default","","new","1","False","h4"]',
+        '["hh00","shop-new-2","running","Up Less than a second (health: starting)","shop_default","","new","2","False","h4"]',
+        '',
+    ]
+)
+
+CONFIG_2 = """\
+name: shop
+services:
+  core:
+    command:
+      - sleep
+    depends_on:
+      init:
+        condition: service_completed_successfully
+        required: true
+    environment:
+      TEXT: |
+        scale: 7
+          depends_on:
+    labels:
+      broapt.watch: "false"
+    networks:
+      default: null
+  init:
+    image: busybox
+  multi:
+    deploy:
+      replicas: 2
+  side:
+    depends_on:
+      core:
+        condition: service_started
+        required: true
+    network_mode: service:core
+  zero:
+    scale: 0
+networks:
+  default:
+    name: shop_default
+"""
+
+CONFIG_1 = """\
+services:
+  core:
+    command: sleep
+    depends_on:
+      init:
+        condition: service_completed_successfully
+    environment:
+      TEXT: "scale: 7\\n  depends_on:\\n"
+    labels:
+      broapt.watch: 'false'
+  init:
+    image: busybox
+  multi:
+    deploy:
+      replicas: 2
+  side:
+    depends_on:
+      core:
+        condition: service_started
+    network_mode: service:core
+  zero:
+    scale: 0
+version: '3.9'
+
+"""
+
+# -- fakes and builders ----------------------------------------------------------------------------------------------
+
+DOCKER = """\
+#!{python}
+import json, os, subprocess, sys, time
+here = os.path.dirname(os.path.abspath(__file__))
+arguments = sys.argv[1:]
+with open(os.path.join(here, 'calls'), 'a') as file:
+    file.write(json.dumps(arguments) + '\\n')
+with open(os.path.join(here, 'script.json')) as file:
+    script = json.load(file)
+for words, play in script:
+    if arguments[:len(words)] == words:
+        break
+else:
+    play = {{}}
+if play.get('child'):  # it holds the pipes and ignores what happens to its parent
+    child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])
+    with open(os.path.join(here, 'child'), 'w') as file:
+        file.write(str(child.pid))
+if play.get('flood'):
+    for _ in range(play['flood']):
+        os.write(2, b'x' * (1 << 20))
+if play.get('endless'):
+    while True:
+        os.write(1, b'x' * (1 << 20))
+sys.stdout.write(play.get('out', ''))
+sys.stderr.write(play.get('err', ''))
+sys.stdout.flush()
+if play.get('hang'):
+    time.sleep(600)
+sys.exit(play.get('code', 0))
+"""
+
+
+class FakeDocker:
+    """A real executable named docker, which plays what it is told and writes down how it was called."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        executable = folder / 'docker'
+        executable.write_text(DOCKER.format(python=sys.executable))
+        executable.chmod(0o755)
+        self.play()
+
+    def play(self, **plays):
+        """Play for each command ('ps', 'compose_config' ...) what its dictionary says."""
+        script = [[words.split('_'), play] for words, play in plays.items()]
+        temporary = self.folder / 'script.tmp'
+        temporary.write_text(json.dumps(sorted(script, key=lambda entry: -len(entry[0]))))
+        os.replace(str(temporary), str(self.folder / 'script.json'))
+
+    def calls(self):
+        path = self.folder / 'calls'
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+@pytest.fixture
+def docker(tmp_path, monkeypatch):
+    folder = tmp_path / 'bin'
+    folder.mkdir()
+    monkeypatch.setenv('PATH', str(folder))
+    return FakeDocker(folder)
+
+
+@pytest.fixture(autouse=True)
+def _same_world(monkeypatch):
+    """No setting from outside; the flag up and the signals as they were, before and after each test."""
+    for name in [name for name in os.environ if name.startswith(('BROAPT_', 'COMPOSE_', 'NOTIFY_', 'WATCHDOG_'))]:
+        if not name.startswith('BROAPT_TEST_'):
+            monkeypatch.delenv(name)
+    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    bc.UP_FLAG.value = True
+    yield
+    bc.UP_FLAG.value = True
+    bc._Signals.previous.clear()
+    bc._Signals.exiting, bc._Signals.number = False, None
+    for signum, handler in handlers.items():
+        signal.signal(signum, handler)
+
+
+class Clock:
+    """A clock that the test moves."""
+
+    def __init__(self):
+        self.now = 1000.0
+
+    def __call__(self):
+        return self.now
+
+
+def make(service='core', state='running', **fields):
+    """Return a container; the id is the service's name and number unless given."""
+    number = fields.setdefault('number', '1')
+    values = {'id': service + number, 'name': 'shop-' + service + '-' + number, 'exit_code': None, 'health': '', 'since': ''}
+    values.update(watched=True, config_hash='h', network_owner='')
+    values.update(fields)
+    if state == 'exited' and values['exit_code'] is None:
+        values['exit_code'] = 137
+    return Container(service=service, state=State(state), **values)
+
+
+def gone(pid):
+    try:
+        with open('/proc/{}/stat'.format(pid)) as file:
+            return file.read().rpartition(')')[2].split()[0] == 'Z'
+    except OSError:
+        return True
+
+
+def eventually(predicate, seconds=20.0):
+    """Return whether the predicate comes true within a generous time."""
+    end = time.monotonic() + seconds
+    pause = threading.Event()
+    while not predicate() and time.monotonic() < end:
+        pause.wait(0.02)
+    return predicate()
+
+
+def play_stack(docker, lines, config=CONFIG_2, **more):
+    """Play a project named shop with these `docker ps` lines."""
+    ids = ''.join(json.loads(line)[0] + '\n' for line in lines)
+    info = {'out': '2026-11-23T15:09:35.9+01:00\n'}
+    answers = {'compose_ps': {'out': ids}, 'compose_config': {'out': config}, 'info': info, 'events': {'hang': True}}
+    answers['ps'] = {'out': ''.join(line + '\n' for line in lines)}
+    answers['ps_--all_--format={{.Label "com.docker.compose.project"}}'] = {'out': 'shop\n'}
+    answers.update(more)
+    docker.play(**answers)
+
+
+def line(service, state, status, ident='', number='1', networks='shop_default'):
+    return json.dumps([ident or service + number, 'shop-{}-{}'.format(service, number), state, status, networks, '', service,
+                       number, 'False', 'h'])  # fmt: skip
+
+
+PLAIN = 'services:\n  core:\n    image: busybox\n  side:\n    image: busybox\n'
+SIDE = line('side', 'running', 'Up 2 minutes')
+FAST = Settings(settle=0, timeout=20, interval=3600, compose_command=('docker', 'compose'))
+
+
+@contextlib.contextmanager
+def watch(settings=FAST, clock=time.monotonic, services=None):
+    """Give a watch whose cycles the test runs itself."""
+    with contextlib.closing(bc._Watch(bc._Stack(settings, cancel=bc.UP_FLAG), services, clock=clock)) as watch:
+        try:
+            yield watch
+        finally:
+            bc.UP_FLAG.value = False
+
+
+def finish(watch):
+    """Wait for the repairs under way, and take note of them."""
+    for future in list(watch.repairs):
+        future.exception(20)
+    watch.finish_repairs()
+
+
+def repairs(docker):
+    """The commands that changed something."""
+    readers = (['ps'], ['info'], ['events'], ['inspect'], ['compose', 'ps'], ['compose', 'config'], ['compose', 'version'])
+    return [call for call in docker.calls() if call[:1] not in readers and call[:2] not in readers]
+
+
+# -- errors and warnings ---------------------------------------------------------------------------------------------
+
+
+def test_error_is_one_line_with_the_command_its_code_and_the_reason():
+    error = ComposeError(['docker', 'start', 'a b'], 1, 'noise\nError response from daemon: no\n\x1b[31mError: failed\n')
+    assert str(error) == "docker start 'a b': exit code 1: Error response from daemon: no;  [31mError: failed"
+    assert (error.command, error.returncode) == (['docker', 'start', 'a b'], 1)
+
+
+def test_same_warning_is_issued_each_time_and_never_raised():
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('default')
+        for _ in range(2):
+            bc._warn('two\nlines')
+    assert [(str(w.message), w.category) for w in caught] == [('two lines', ComposeWarning)] * 2
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        bc._warn('not raised')
+
+
+# -- settings --------------------------------------------------------------------------------------------------------
+
+
+def test_defaults_are_those_of_the_contract():
+    assert Settings.load() == Settings() == ((), 10, 15, bc.Watcher.THREAD, 1, 60, bc.Prune.PROJECT, bc.Unhealthy.RESTART, ())
+
+
+def test_argument_comes_before_environment_and_empty_variable_counts_as_unset(monkeypatch, tmp_path):
+    files = [tmp_path / 'a.yml', tmp_path / '-b c.yml']
+    for file in files:
+        file.write_text('services: {}')
+    monkeypatch.setenv('BROAPT_DOCKER_COMPOSE', os.pathsep.join(map(str, files)))
+    monkeypatch.setenv('BROAPT_INTERVAL', '2.5')
+    monkeypatch.setenv('BROAPT_SETTLE', '')
+    monkeypatch.setenv('BROAPT_COMPOSE_COMMAND', "docker-compose -p 'a b'")
+    settings = Settings.load(interval='3', kill_signal='sigint')
+    assert settings.docker_compose == tuple(map(str, files))
+    assert (settings.interval, settings.kill_signal, settings.settle) == (3, signal.SIGINT, 1)
+    assert settings.compose_command == ('docker-compose', '-p', 'a b')
+    assert Settings.load().interval == 2.5
+
+
+@pytest.mark.parametrize('value, number', [(15, 15), ('15', 15), ('TERM', 15), ('sigterm', 15), (signal.SIGHUP, 1)])
+def test_signal_is_a_number_or_a_name(value, number):
+    assert Settings.load(kill_signal=value).kill_signal == number
+
+
+@pytest.mark.parametrize(
+    'field, values',
+    [
+        ('interval', ['0', '-1', 'nan', 'inf', 'abc', 0, float('nan'), [], '1e999']),
+        ('timeout', ['0', '-1', 'nan', 'inf', 'abc']),
+        ('settle', ['-1', 'nan', 'inf', 'abc']),
+        ('kill_signal', ['KILL', 'SIGKILL', '9', 9, 'STOP', '19', 'FOO', '0', '99', '-1', 'SIG', '1.5']),
+        ('watcher', ['fork', 'Thread']),
+        ('prune', ['all']),
+        ('unhealthy', ['stop']),
+        ('compose_command', ["'", '', ' ', []]),
+        ('docker_compose', ['/none/such.yml', '/', ['/none'], 'a\0b', 7]),
+    ],
+)
+def test_bad_value_is_one_line_naming_setting_and_value(field, values, monkeypatch):
+    for value in values:
+        with pytest.raises(ValueError) as caught:
+            Settings.load(**{field: value})
+        assert repr(value) in str(caught.value) and '\n' not in str(caught.value)
+        if isinstance(value, str) and value and '\0' not in value:
+            monkeypatch.setenv('BROAPT_' + field.upper(), value)
+            with pytest.raises(ValueError, match='^BROAPT_{}: '.format(field.upper())):
+                Settings.load()
+            monkeypatch.delenv('BROAPT_' + field.upper())
+
+
+def test_unknown_setting_is_a_type_error():
+    with pytest.raises(TypeError, match='unknown settings: intervall'):
+        Settings.load(intervall=3)
+
+
+def run_python(code, cwd, *options, **environment):
+    variables = dict(os.environ, **environment)
+    variables.pop('PYTHONPATH', None)
+    return subprocess.check_output([sys.executable, *options, '-c', code], cwd=str(cwd), env=variables, universal_newlines=True)
+
+
+SHOW = 'import sys; sys.path.insert(0, "."); {}; import compose; s = compose.Settings.load(); print(s.interval, s.kill_signal)'
+
+
+def test_vendored_copy_reads_const_beside_it_and_the_original_does_not(tmp_path):
+    shutil.copy(str(MODULE), str(tmp_path / 'compose.py'))
+    assert run_python(SHOW.format('pass'), tmp_path, '-I', BROAPT_INTERVAL='7') == '7.0 15\n'
+    (tmp_path / 'const.py').write_text('KILL_SIGNAL = 10\nINTERVAL = 4\n')
+    assert run_python(SHOW.format('pass'), tmp_path, '-I', BROAPT_INTERVAL='7') == '4.0 10\n'
+    code = 'import sys; sys.path.insert(0, "."); sys.argv[1:] = ["-i", "0"]; import compose; sys.exit(compose.main())'
+    result = subprocess.run([sys.executable, '-m', 'compose', '-V'], cwd=str(tmp_path), stdout=subprocess.PIPE)
+    assert (result.returncode, result.stdout) == (0, b'broapt_compose 1.0.0\n')
+    with pytest.raises(subprocess.CalledProcessError):
+        run_python(code, tmp_path, '-I')
+
+
+def test_const_that_the_host_has_loaded_is_read_wherever_it_is(tmp_path):
+    (tmp_path / 'lib').mkdir()
+    shutil.copy(str(MODULE), str(tmp_path / 'lib' / 'compose.py'))
+    load = 'import types; const = types.ModuleType("const"); const.KILL_SIGNAL = 12; const.INTERVAL = "6"'
+    code = SHOW.format(load + '; sys.modules["const"] = const; sys.path.insert(0, "lib")')
+    assert run_python(code, tmp_path, '-I') == '6.0 12\n'
+    other = 'import types; const = types.ModuleType("const"); const.INTERVAL = 3'  # somebody else's module of that name
+    code = SHOW.format(other + '; sys.modules["const"] = const; sys.path.insert(0, "lib")')
+    assert run_python(code, tmp_path, '-I') == '10.0 15\n'
+
+
+def test_import_has_no_side_effects(tmp_path):
+    code = (
+        'import os, signal, sys, threading, logging\n'
+        'before = [signal.getsignal(n) for n in range(1, 32)], dict(os.environ), os.listdir("/proc/self/fd")\n'
+        'sys.path.insert(0, {!r})\nimport broapt_compose\n'
+        'after = [signal.getsignal(n) for n in range(1, 32)], dict(os.environ), os.listdir("/proc/self/fd")\n'
+        'assert before == after and threading.active_count() == 1 and not logging.root.handlers\n'
+        'print(sorted({{"multiprocessing", "argparse", "socket", "flask"}} & set(sys.modules)))'
+    ).format(str(HERE))
+    assert run_python(code, tmp_path, '-I', BROAPT_INTERVAL='abc') == '[]\n'
+
+
+# -- parsing what Docker and Compose print ---------------------------------------------------------------------------
+
+
+def test_containers_are_read_with_state_code_health_and_without_one_offs():
+    containers = bc._parse_containers(PS)
+    seen = [(c.label, c.state.value, c.exit_code, c.health, c.since, c.watched, bool(c.network_owner)) for c in containers]
+    assert seen == [
+        ('side', 'running', None, '', '2 seconds', True, True),
+        ('core', 'running', None, 'unhealthy', '5 minutes', True, False),
+        ('init', 'exited', 0, '', '1 second', True, False),
+        ('core-2', 'paused', None, '', 'About an hour', False, False),
+        ('core-3', 'restarting', 1, '', '3 seconds', True, False),
+        ('new', 'created', None, '', '', True, False),
+        ('new-2', 'running', None, 'starting', 'Less than a second', True, False),
+    ]
+
+
+@pytest.mark.parametrize('text', ['garbage\n', PS[:-1], PS[:-9], '[]\n', '{}\n', '["a"]\n', 'null\n', PS.replace('paused', 'odd')])
+def test_anything_else_is_refused(docker, text):
+    docker.play(ps={'out': text})
+    with pytest.raises(ComposeError, match='docker ps: its answer is not understood'):
+        bc._Stack(FAST, 'shop').observe()
+
+
+@pytest.mark.parametrize('text', [CONFIG_1, CONFIG_2])
+def test_services_are_read_from_what_both_generations_print(text):
+    done, started = {'init': 'service_completed_successfully'}, {'core': 'service_started'}
+    assert bc._parse_services(text) == {
+        'core': Service(watched=False, depends_on=done),
+        'init': Service(),
+        'multi': Service(scale=2),
+        'side': Service(network_of='core', depends_on=started),
+        'zero': Service(scale=0),
+    }
+
+
+def test_service_with_a_profile_is_not_expected():
+    assert bc._parse_services('services:\n  debug:\n    profiles:\n    - debug\n') == {'debug': Service(scale=0)}
+
+
+# -- the process layer -----------------------------------------------------------------------------------------------
+
+
+def test_command_that_hangs_is_killed_with_its_whole_group_at_the_deadline(docker):
+    docker.play(ps={'hang': True, 'child': True, 'out': 'half'})
+    with pytest.raises(ComposeError, match='^docker ps: no answer within 0.5 s$') as caught:
+        bc._run(['docker', 'ps'], 0.5)
+    assert (caught.value.returncode, caught.value.stdout) == (None, 'half')
+    assert eventually(lambda: gone((docker.folder / 'child').read_text()))
+
+
+def test_answer_is_returned_although_a_process_left_behind_holds_the_pipes(docker):
+    docker.play(ps={'child': True, 'out': 'all\n'})
+    assert bc._run(['docker', 'ps'], 60) == 'all\n'
+    os.kill(int((docker.folder / 'child').read_text()), signal.SIGKILL)
+
+
+def test_flood_on_standard_error_is_read_but_not_kept(docker):
+    docker.play(ps={'flood': 100, 'err': 'the end', 'code': 3})
+    with pytest.raises(ComposeError) as caught:
+        bc._run(['docker', 'ps'], 60)
+    assert len(caught.value.stderr) == bc._ERROR_LIMIT and caught.value.stderr.endswith('the end')
+
+
+def test_endless_output_is_cut_off(docker):
+    docker.play(ps={'endless': True})
+    with pytest.raises(ComposeError, match='its output does not end'):
+        bc._run(['docker', 'ps'], 60)
+
+
+def test_command_that_cannot_be_started_is_an_error_like_any_other(docker):
+    (docker.folder / 'docker').chmod(0o644)
+    for command, why in ((['docker'], 'Permission denied'), (['none'], 'No such file or directory'), (['docker', '\0'], 'null')):
+        with pytest.raises(ComposeError, match=why):
+            bc._run(command, 1)
+
+
+def test_command_is_cancelled_at_once_when_the_flag_is_lowered(docker):
+    docker.play(ps={'hang': True, 'child': True})
+    timer = threading.Thread(target=lambda: eventually((docker.folder / 'child').exists) and bc.UP_FLAG.clear())
+    timer.start()
+    with pytest.raises(bc._Cancelled):
+        bc._run(['docker', 'ps'], 60, bc.UP_FLAG)
+    timer.join()
+
+
+def test_echo_shows_everything_and_the_error_still_tells_the_reason(docker, capfd):
+    docker.play(compose={'out': 'built\n', 'err': 'Error: no space\n', 'code': 17})
+    with pytest.raises(ComposeError, match='exit code 17: Error: no space'):
+        bc._run(['docker', 'compose'], 60, echo=True)
+    assert sorted(capfd.readouterr().err.splitlines()) == ['Error: no space', 'built']
+
+
+def test_frozen_program_gives_commands_the_library_path_of_before(docker, monkeypatch):
+    (docker.folder / 'docker').write_text('#!/bin/sh\necho "${LD_LIBRARY_PATH-unset}"\n')
+    monkeypatch.setenv('LD_LIBRARY_PATH', '/bundle')
+    assert bc._run(['docker'], 9) == '/bundle\n'
+    monkeypatch.setattr(sys, 'frozen', True, raising=False)
+    assert bc._run(['docker'], 9) == 'unset\n'
+    monkeypatch.setenv('LD_LIBRARY_PATH_ORIG', '/before')
+    assert bc._run(['docker'], 9) == '/before\n'
+
+
+def test_compose_is_found_by_asking_and_its_absence_is_told(docker):
+    assert bc._complete(Settings()).compose_command == ('docker', 'compose')
+    docker.play(compose={'code': 1, 'err': "docker: 'compose' is not a docker command."})
+    with pytest.raises(ComposeError, match='no Compose found'):
+        bc._complete(Settings())
+    shutil.copy(str(docker.folder / 'docker'), str(docker.folder / 'docker-compose'))
+    docker.play(compose={'code': 1})
+    assert bc._complete(Settings()).compose_command == ('docker-compose',)
+    for name in ('docker', 'docker-compose'):
+        (docker.folder / name).unlink()
+    with pytest.raises(ComposeError, match='docker --version: No such file'):
+        bc._complete(Settings())
+
+
+# -- decide ----------------------------------------------------------------------------------------------------------
+
+SERVICES = {
+    'core': Service(depends_on={'init': 'service_completed_successfully', 'db': 'service_healthy'}),
+    'db': Service(),
+    'init': Service(),
+    'side': Service(network_of='core'),
+}
+NOW = 5000.0
+NEVER = Settings(unhealthy=bc.Unhealthy.IGNORE)
+
+
+def base():
+    """Return the containers of a stack that is well."""
+    init = make('init', 'exited', exit_code=0)
+    return {'core': make('core'), 'db': make('db', health='healthy'), 'init': init, 'side': make('side', network_owner='core1')}
+
+
+def look(**changes):
+    containers = base()
+    for service, container in changes.items():
+        containers[service] = container
+    flat = [c for c in containers.values() if c]
+    return [c for group in flat for c in (group if isinstance(group, list) else [group])]
+
+
+def found(containers, services=SERVICES, history=None, settings=FAST):
+    actions = bc.decide(containers, services, NOW, history or History(), settings)
+    return [(action.verb.name.lower(), action.label, action.cause) for action in actions]
+
+
+ROWS = [
+    ('a stack that is well needs nothing', {}, []),
+    ('paused core is unpaused', {'core': make(state='paused')}, [('unpause', 'core', 'paused')]),
+    ('killed db is started', {'db': make('db', 'exited')}, [('start', 'db', 'exited (137)')]),
+    ('db that ended with 0 is started', {'db': make('db', 'exited', exit_code=0)}, [('start', 'db', 'exited (0)')]),
+    ('created db is started', {'db': make('db', 'created')}, [('start', 'db', 'created')]),
+    ('created core waits until db is healthy', {'core': make(state='created'), 'db': make('db', health='starting')}, []),
+    ('created core waits until init has ended', {'core': make(state='created'), 'init': make('init')}, []),
+    ('exited core waits for nothing', {'core': make(state='exited'), 'db': make('db', health='starting')},
+     [('start', 'core', 'exited (137)')]),
+    ('dead db is removed, then it is missing', {'db': make('db', 'dead')}, [('remove', 'db', 'dead'), ('create', 'db', 'missing')]),
+    ('missing db is created', {'db': None}, [('create', 'db', 'missing')]),
+    ('missing core is created before side is', {'core': None}, [('create', 'core', 'missing')]),
+    ('side of a core created anew is created anew', {'core': make(id='new')}, [('recreate', 'side', 'its network is gone')]),
+    ('stopped side of a core created anew, too',
+     {'core': make(id='new'), 'side': make('side', 'exited', network_owner='core1')},
+     [('recreate', 'side', 'its network is gone')]),
+    ('stopped side waits for a core that does not run',
+     {'core': make(state='exited'), 'side': make('side', 'exited', network_owner='core1')},
+     [('start', 'core', 'exited (137)')]),
+    ('restarting db is left to Docker', {'db': make('db', 'restarting', exit_code=1)}, []),
+    ('removing db is left to Docker', {'db': make('db', 'removing')}, []),
+    ('unhealthy db is restarted', {'db': make('db', health='unhealthy')}, [('restart', 'db', 'unhealthy')]),
+    ('db whose health check starts is left alone', {'db': make('db', health='starting')}, []),
+    ('failed one-shot is run again', {'init': make('init', 'exited', exit_code=2)}, [('start', 'init', 'exited (2)')]),
+    ('unwatched db is never touched', {'db': make('db', 'exited', watched=False)}, []),
+    ('service that the file does not declare is never touched', {'old': make('old', 'exited')}, []),
+    ('replacement beside the running old one is left alone (2.x)', {'db': [make('db', 'created', id='new'), make('db')]}, []),
+    ('of replacement and stopped old one, the new one is started (1.29)',
+     {'db': [make('db', 'created', id='new'), make('db', 'exited')]}, [('start', 'db', 'created')]),
+    ('second container of a service scaled by hand is watched', {'db': [make('db'), make('db', 'exited', number='2')]},
+     [('start', 'db-2', 'exited (137)')]),
+    ('paused and stopped at once are both repaired', {'core': make(state='paused'), 'db': make('db', 'exited')},
+     [('unpause', 'core', 'paused'), ('start', 'db', 'exited (137)')]),
+    ('all gone: all are created', {'core': None, 'db': None, 'init': None, 'side': None},
+     [('create', name, 'missing') for name in ('core', 'db', 'init', 'side')]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize('changes, actions', [row[1:] for row in ROWS], ids=[row[0] for row in ROWS])
+def test_decide(changes, actions):
+    assert found(look(**changes)) == actions
+
+
+def test_decide_ignores_unhealthy_if_told_so():
+    assert found(look(db=make('db', health='unhealthy')), settings=NEVER) == []
+
+
+def test_decide_counts_the_containers_of_a_scaled_service():
+    services = dict(SERVICES, db=Service(scale=3))
+    assert found(look(), services) == [('create', 'db', '2 of 3 missing')]
+
+
+def test_decide_brings_up_what_docker_could_not_start():
+    history = History(streaks={'db': Streak(1, NOW - 2, NOW - 1, 'db1')})
+    assert found(look(db=make('db', 'exited')), history=history) == [('up', 'db', 'exited (137)')]
+
+
+def test_fault_is_due_when_it_has_lasted_for_settle():
+    settings, containers = FAST._replace(settle=3), look(db=make('db', 'exited'))
+    (action,) = bc.decide(containers, SERVICES, NOW, History(), settings)
+    assert (action.since, action.due) == (NOW, NOW + 3)
+    (later,) = bc.decide(containers, SERVICES, NOW + 2, History(since={action.key: action.since}), settings)
+    assert later.due == NOW + 3
+
+
+def test_further_repairs_wait_longer_up_to_five_minutes_and_ten_seconds_of_running_clear_it():
+    delays = []
+    for count in range(14):
+        history = History(streaks={'db': Streak(count, NOW, NOW)} if count else {})
+        (action,) = bc.decide(look(db=make('db', 'exited')), SERVICES, NOW, history, FAST)
+        assert action.attempt == count + 1
+        delays.append(action.due - NOW)
+    assert delays == [0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 300, 300, 300, 300]
+    history = History(streaks={'db': Streak(9, NOW - 99, NOW - 10)})
+    (action,) = bc.decide(look(db=make('db', 'exited')), SERVICES, NOW, history, FAST)
+    assert (action.due, action.attempt) == (NOW, 1)
+
+
+def test_unpausing_never_waits_for_a_crash_loop():
+    history = History(streaks={'db': Streak(9, NOW, NOW)})
+    (action,) = bc.decide(look(db=make('db', 'paused')), SERVICES, NOW, history, FAST)
+    assert action.due == NOW
+
+
+@pytest.mark.parametrize('seed', range(300))
+def test_invariants_hold_over_random_histories(seed):
+    rng = random.Random(seed)
+    now, history = NOW, History()
+    for _ in range(20):
+        now += rng.choice([0.01, 0.5, 1.0, 7.0])
+        containers = []
+        for name in [*SERVICES, 'stranger']:
+            for number in range(rng.choice([0, 1, 1, 1, 2])):
+                fields = {'number': str(number + 1), 'watched': rng.random() < 0.8, 'network_owner': rng.choice(['', 'core1', 'x'])}
+                containers.append(make(name, rng.choice(list(State)).value, health=rng.choice(['', 'unhealthy']), **fields))
+        actions = bc.decide(containers, SERVICES, now, history, FAST._replace(settle=1))
+        touched = [action.container for action in actions if action.container]
+        assert len(touched) == len(set(touched)), 'never two actions on one container'
+        by_id = {c.id: c for c in containers}
+        for action in actions:
+            assert action.service in SERVICES
+            assert action.due >= action.since + 1, 'never before settle'
+            assert not action.container or by_id[action.container].watched
+            assert not action.container or by_id[action.container].state not in (State.RESTARTING, State.REMOVING)
+        streaks = {a.service: Streak(a.attempt, a.began, now) for a in actions if a.due <= now}
+        history = History({a.key: a.since for a in actions if a.due > now}, dict(history.streaks, **streaks))
+
+
+# -- the watcher -----------------------------------------------------------------------------------------------------
+
+
+def test_each_kind_of_repair_is_one_command_for_all_and_neighbours_are_not_named(docker):
+    lines = [line('core', 'exited', 'Exited (137) 1 second ago'), line('db', 'exited', 'Exited (0) 1 second ago'), SIDE]
+    play_stack(
+        docker, lines + [line('web', 'paused', 'Up 2 seconds (Paused)')], PLAIN + '  db:\n    image: b\n  web:\n    image: b\n'
+    )
+    with watch() as w:
+        w.cycle()
+        finish(w)
+    assert sorted(repairs(docker)) == [['start', 'core1', 'db1'], ['unpause', 'web1']]
+
+
+def test_missing_services_are_created_by_one_command_without_touching_what_they_depend_on(docker):
+    play_stack(docker, [SIDE], PLAIN + '  db:\n    image: b\n')
+    with watch() as w:
+        w.cycle()
+        finish(w)
+    assert repairs(docker) == [['compose', 'up', '--detach', '--no-recreate', '--no-deps', 'core', 'db']]
+
+
+def test_compose_files_come_before_every_compose_command(docker, tmp_path):
+    file = tmp_path / '-odd "name"\n.yml'
+    file.write_text('')
+    settings = Settings.load(docker_compose=[str(file)], compose_command='docker compose', settle=0)
+    docker.play(compose={'out': ''})
+    assert bc._Stack(settings).observe() == []
+    assert docker.calls() == [['compose', '--file', str(file), 'ps', '--all', '--quiet']]
+
+
+def test_check_is_one_command_whatever_the_number_of_containers(docker):
+    services = ['s{}'.format(number) for number in range(100)]
+    play_stack(docker, [line(name, 'running', 'Up 1 second') for name in services],
+               'services:\n' + ''.join('  {}:\n    image: b\n'.format(name) for name in services))  # fmt: skip
+    with watch() as w:
+        w.cycle()
+        w.cycle()
+        before = len(docker.calls())
+        for _ in range(3):
+            w.cycle()
+        assert [call[0] for call in docker.calls()[before:]] == ['ps'] * 3
+
+
+def test_nothing_is_repaired_before_it_has_settled(docker):
+    clock = Clock()
+    play_stack(docker, [line('core', 'exited', 'Exited (1) 1 second ago'), SIDE], PLAIN)
+    with watch(FAST._replace(settle=5), clock) as w:
+        assert w.cycle() == 5
+        clock.now += 4.9
+        assert round(w.cycle(), 6) == 0.1
+        assert repairs(docker) == []
+        play_stack(docker, [line('core', 'running', 'Up 1 second'), SIDE], PLAIN)
+        assert round(w.cycle()) == 3600  # it came back by itself: forgotten
+        play_stack(docker, [line('core', 'exited', 'Exited (1) 1 second ago'), SIDE], PLAIN)
+        assert w.cycle() == 5
+        clock.now += 5
+        w.cycle()
+        finish(w)
+    assert repairs(docker) == [['start', 'core1']]
+
+
+def test_crash_loop_is_warned_of_from_the_third_repair_on(docker, caplog):
+    clock = Clock()
+    play_stack(docker, [line('core', 'exited', 'Exited (3) 1 second ago'), SIDE], PLAIN)
+    caplog.set_level('INFO', 'broapt_compose')
+    with watch(clock=clock) as w, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        for _ in range(4):
+            timeout = w.cycle()
+            clock.now += timeout if timeout < 3600 else 0
+            w.cycle()
+            finish(w)
+    assert repairs(docker) == [['start', 'core1']] * 4
+    assert [str(w.message) for w in caught] == [
+        'core: crash loop, exited (3) for the 3rd time in 1 s; next try in 2 s',
+        'core: crash loop, exited (3) for the 4th time in 3 s; next try in 4 s',
+    ]
+    assert 'core: exited (3) -> started (0.00 s)' in caplog.messages
+
+
+def test_container_that_cannot_be_started_is_brought_up_by_compose(docker, caplog):
+    clock = Clock()
+    failure = {'code': 1, 'err': 'Error response from daemon: network gone\nError: failed to start containers: core1\n'}
+    lines = [line('core', 'exited', 'Exited (3) 1 second ago'), line('side', 'exited', 'Exited (0) 1 second ago')]
+    play_stack(docker, lines, PLAIN, start=dict(failure, out='side1\n'))
+    caplog.set_level('INFO', 'broapt_compose')
+    with watch(clock=clock) as w:
+        w.cycle()
+        finish(w)
+        play_stack(docker, [lines[0], SIDE], PLAIN)
+        clock.now += w.cycle()
+        w.cycle()
+        finish(w)
+    assert repairs(docker) == [['start', 'core1', 'side1'], ['compose', 'up', '--detach', '--no-deps', 'core']]
+    assert caplog.messages == [
+        'core: exited (3), not started: docker start core1 side1: exit code 1: '
+        'Error response from daemon: network gone; Error: failed to start containers: core1',
+        'side: exited (0) -> started (0.00 s)',
+        'core: exited (3) -> brought up (0.00 s)',
+    ]
+
+
+def test_slow_repair_holds_up_no_other_service_and_is_not_begun_twice(docker):
+    lines = [line('core', 'running', 'Up 1 minute (unhealthy)'), SIDE]
+    play_stack(docker, lines, PLAIN, restart={'hang': True}, inspect={'out': '120\nnull\n'})
+    with watch() as w:
+        w.cycle()
+        assert eventually(lambda: ['restart', 'core1'] in docker.calls())
+        play_stack(docker, [lines[0], line('side', 'exited', 'Exited (1) 1 second ago')], PLAIN)
+        w.cycle()
+        assert eventually(lambda: ['start', 'side1'] in docker.calls())
+        assert repairs(docker) == [['restart', 'core1'], ['start', 'side1']]
+        bc.UP_FLAG.value = False
+
+
+def test_only_one_compose_command_runs_at_a_time(docker):
+    play_stack(docker, [SIDE], PLAIN, compose_up={'hang': True})
+    with watch() as w:
+        w.cycle()
+        assert eventually(lambda: len(repairs(docker)) == 1)
+        play_stack(docker, [], PLAIN)
+        w.stack.project = 'shop'
+        w.cycle()
+        assert repairs(docker) == [['compose', 'up', '--detach', '--no-recreate', '--no-deps', 'core']]
+        bc.UP_FLAG.value = False
+
+
+@pytest.mark.parametrize('play', [{'code': 1, 'err': 'Cannot connect'}, {'out': 'garbage\n'}, {'out': '["half'}])
+def test_outage_is_one_warning_and_one_line_at_its_end_and_no_repair(docker, caplog, play):
+    clock = Clock()
+    lines = [line('core', 'exited', 'Exited (3) 1 second ago'), SIDE]
+    play_stack(docker, lines, PLAIN)
+    caplog.set_level('INFO', 'broapt_compose')
+    with watch(FAST._replace(interval=10, settle=1), clock) as w, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        assert w.cycle() == 1
+        play_stack(docker, lines, PLAIN, ps=play)
+        for _ in range(5):
+            clock.now += 10
+            assert w.cycle() == 10
+        assert repairs(docker) == []
+        play_stack(docker, lines, PLAIN)
+        assert w.cycle() == 1  # what was seen before the outage does not count
+    assert len(caught) == 1 and str(caught[0].message).startswith('Docker does not answer; trying again every 10 s: docker ps')
+    assert caplog.messages[1:] == ['Docker answers again, after 40 s']
+
+
+def test_unexpected_exception_is_logged_with_its_traceback_and_the_next_cycle_runs(docker, caplog, monkeypatch):
+    play_stack(docker, [SIDE, line('core', 'running', 'Up 1 second')], PLAIN)
+    cycles = []
+
+    def broken(self):
+        cycles.append(1)
+        if len(cycles) > 2:
+            bc.UP_FLAG.value = False
+        raise RuntimeError('planted')
+
+    monkeypatch.setattr(bc._Watch, 'cycle', broken)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        bc.watch_container(FAST._replace(interval=0.01))
+    assert len(cycles) == 3 and caplog.text.count('RuntimeError: planted') == 3
+
+
+def test_changed_definition_makes_the_compose_files_be_read_again(docker):
+    play_stack(docker, [SIDE, line('core', 'running', 'Up 1 second')], PLAIN)
+    with watch() as w:
+        w.cycle()
+        play_stack(
+            docker,
+            [SIDE, line('core', 'running', 'Up 1 second'), line('new', 'running', 'Up 1 second')],
+            PLAIN + '  new:\n    a: b\n',
+        )
+        w.cycle()
+        assert set(w.services) == {'core', 'side', 'new'}
+
+
+@pytest.mark.parametrize('zone, until', [('+01:00', '2026-11-23T15:10:30.9+01:00'), ('Z', '2026-11-23T15:10:30.9Z')])
+def test_event_stream_is_bounded_by_the_engines_clock_and_the_next_one_begins_where_it_ends(docker, zone, until):
+    info = {'out': '2026-11-23T15:09:35.9{}\n'.format(zone)}
+    clock = Clock()
+    play_stack(docker, [SIDE, line('core', 'running', 'Up 1 second')], PLAIN, info=info, events={})
+    with watch(FAST._replace(interval=60), clock) as w:
+        for _ in range(3):
+            w.cycle()
+            clock.now += 55
+            if w.events:
+                w.wait(20)
+        calls = [call for call in docker.calls() if call[0] == 'events']
+        assert [call[2:6] for call in calls[:1]] == [['--since', '2026-11-23T15:09:35.9' + zone, '--until', until]]
+        assert calls[1][2:4] == ['--since', until]
+        assert sum(call[0] == 'info' for call in docker.calls()) == 1
+
+
+def test_lost_event_stream_is_reopened_but_not_in_a_hurry(docker):
+    clock = Clock()
+    play_stack(docker, [SIDE, line('core', 'running', 'Up 1 second')], PLAIN, events={})
+    with watch(FAST._replace(interval=10), clock) as w:
+        w.cycle()
+        assert w.wait(20) and w.events is None
+        clock.now += 9
+        assert w.cycle() <= 1 and w.events is None
+        clock.now += 1
+        w.cycle()
+        assert w.events is not None
+        assert sum(call[0] == 'info' for call in docker.calls()) == 2
+
+
+def test_event_wakes_the_watcher(docker):
+    play_stack(docker, [SIDE, line('core', 'running', 'Up 1 second')], PLAIN, events={'out': 'abc\n', 'hang': True})
+    with watch() as w:
+        w.cycle()
+        w.cycle()
+        assert w.wait(3600) is True
+
+
+def test_lowered_flag_ends_the_watcher_at_once_with_an_interval_of_an_hour(docker):
+    play_stack(docker, [SIDE, line('core', 'running', 'Up 1 second')], PLAIN)
+    thread = threading.Thread(target=bc.watch_container, args=(FAST,))
+    thread.start()
+    assert eventually(lambda: sum(call[0] == 'ps' for call in docker.calls()) > 1)
+    bc.UP_FLAG.value = False
+    thread.join(20)
+    assert not thread.is_alive()
+
+
+def test_watcher_recovers_when_no_process_can_be_started_for_a_while(docker, monkeypatch):
+    clock, real = Clock(), subprocess.Popen
+    play_stack(docker, [line('core', 'exited', 'Exited (3) 1 second ago'), SIDE], PLAIN)
+
+    def exhausted(*_, **__):
+        raise OSError(11, 'Resource temporarily unavailable')
+
+    with watch(clock=clock) as w, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        monkeypatch.setattr(subprocess, 'Popen', exhausted)
+        for _ in range(3):
+            w.cycle()
+        monkeypatch.setattr(subprocess, 'Popen', real)
+        w.cycle()
+        finish(w)
+    assert len(caught) == 1 and 'Resource temporarily unavailable' in str(caught[0].message)
+    assert repairs(docker) == [['start', 'core1']]
+
+
+# -- the flag --------------------------------------------------------------------------------------------------------
+
+
+def test_flag_is_an_event_that_is_up_at_import_and_has_a_value():
+    flag = bc.UpFlag()
+    assert isinstance(bc.UP_FLAG, threading.Event) and flag.value is True and flag.is_set()
+    flag.value = False
+    assert flag.value is False and not flag.wait(0)
+    flag.value = True
+    assert flag.value is True
+
+
+def test_flag_is_readable_exactly_while_it_is_down():
+    import select
+
+    flag = bc.UpFlag()
+    for up in (True, False, False, True, True, False, True):
+        flag.value = up
+        assert bool(select.select([flag], [], [], 0)[0]) is not up
+
+
+# -- signals ---------------------------------------------------------------------------------------------------------
+
+
+def test_first_signal_interrupts_and_further_ones_are_noted():
+    bc.register()
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert eventually(lambda: bc._Signals.noted == [signal.SIGTERM])
+    bc._Signals.noted.clear()
+
+
+def test_handler_installed_before_register_is_called_instead():
+    calls = []
+    signal.signal(signal.SIGTERM, lambda signum, frame: calls.append(signum))
+    bc.register()
+    bc.register()  # twice makes no difference
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert eventually(lambda: calls == [signal.SIGTERM])
+
+
+def test_register_outside_the_main_thread_is_a_value_error():
+    errors = []
+
+    def other():
+        try:
+            bc.register()
+        except ValueError as error:
+            errors.append(str(error))
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    thread.join()
+    assert errors == ['register() must be called in the main thread: Python handles signals there']
+
+
+def test_called_without_a_signal_it_sends_the_kill_signal_to_this_process():
+    bc.register(Settings(kill_signal=signal.SIGUSR1))
+    with pytest.raises(KeyboardInterrupt):
+        bc.flask_exit()
+        time.sleep(60)
+    signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+
+
+def test_in_a_request_the_shutdown_of_an_old_werkzeug_is_used():
+    flask = pytest.importorskip('flask')
+    calls = []
+    app = flask.Flask(__name__)
+    app.add_url_rule('/', 'end', lambda: bc.flask_exit() or 'bye')
+    response = app.test_client().get('/', environ_overrides={'werkzeug.server.shutdown': lambda: calls.append('shutdown')})
+    assert (response.status_code, calls) == (200, ['shutdown'])
+
+
+# -- docker_compose and its parts, with a scripted docker ------------------------------------------------------------
+
+
+def test_stop_kills_what_does_not_stop_and_still_cleans_up(docker, caplog):
+    lines = [line('core', 'running', 'Up 2 minutes'), SIDE]
+    play_stack(docker, lines, PLAIN, compose_stop={'code': 1, 'err': 'no way'}, network_ls={'out': 'net1\n'})
+    bc.stop_container(FAST)
+    assert ['kill', 'core1', 'side1'] in docker.calls()
+    assert ['rm', '--force', '--volumes', 'core1', 'side1'] in docker.calls()
+    assert ['network', 'rm', 'net1'] in docker.calls()
+    assert not any('prune' in call for call in docker.calls())
+    assert caplog.messages[0] == 'docker compose stop: exit code 1: no way; killing the containers'
+
+
+def test_failed_clean_up_is_a_warning(docker):
+    play_stack(docker, [SIDE], PLAIN, rm={'code': 1, 'err': 'no way'})
+    with pytest.warns(ComposeWarning, match='the stack is stopped, but the clean-up failed: docker rm'):
+        bc.stop_container(FAST)
+
+
+@pytest.mark.parametrize('prune, last', [('system', ['system', 'prune', '--volumes', '--force']), ('none', ['compose', 'stop'])])
+def test_other_clean_ups(docker, prune, last):
+    play_stack(docker, [SIDE], PLAIN)
+    bc.stop_container(FAST._replace(prune=bc.Prune(prune)))
+    assert docker.calls()[-1] == last
+
+
+def test_longest_stop_grace_period_comes_on_top_of_the_timeout(docker):
+    docker.play(inspect={'out': 'null\n120\n3\n'})
+    assert bc._Stack(FAST, 'shop').longest_grace(['a', 'b', 'c']) == 120
+    docker.play(inspect={'out': 'null\n', 'code': 1})
+    assert bc._Stack(FAST, 'shop').longest_grace(['a']) == 10
+
+
+def test_failed_start_is_undone_and_its_error_comes_out(docker):
+    play_stack(docker, [SIDE], PLAIN, compose_up={'code': 17, 'err': 'Error: no such image'})
+    docker_ps = docker.calls
+    with pytest.raises(ComposeError, match='docker compose up --build --detach: exit code 17: Error: no such image'):
+        with bc.docker_compose(FAST._replace(prune=bc.Prune.NONE)):
+            raise AssertionError('entered')
+    assert ['compose', 'stop'] in docker_ps() and not bc.UP_FLAG.value
+
+
+def test_what_the_body_raises_comes_out_even_if_the_stop_fails(docker):
+    play_stack(docker, [SIDE, line('core', 'running', 'Up 1 second')], PLAIN, compose_stop={'code': 1}, kill={'code': 1})
+    with pytest.warns(ComposeWarning, match='the stack could not be stopped: docker kill'):
+        with pytest.raises(ZeroDivisionError):
+            with bc.docker_compose(FAST._replace(prune=bc.Prune.NONE)):
+                raise ZeroDivisionError
+
+
+def test_nothing_is_stopped_if_it_fails_before_the_first_up(docker):
+    docker.play(compose={'code': 15, 'err': 'yaml: line 3: no'})
+    with pytest.raises(ComposeError, match='yaml: line 3: no'):
+        with bc.docker_compose(FAST):
+            raise AssertionError('entered')
+    assert docker.calls() == [['compose', 'ps', '--all', '--quiet']]
+
+
+def test_lowered_flag_cancels_a_repair_that_hangs(docker):
+    lines = [line('core', 'exited', 'Exited (3) 1 second ago'), SIDE]
+    play_stack(docker, lines, PLAIN, start={'hang': True})
+    with bc.docker_compose(FAST._replace(prune=bc.Prune.NONE)):
+        assert eventually(lambda: ['start', 'core1'] in docker.calls())
+    assert docker.calls()[-1] == ['compose', 'stop']
+
+
+# -- the command line ------------------------------------------------------------------------------------------------
+
+
+def run_module(*arguments, **kwargs):
+    environment = dict(os.environ, PYTHONPATH=str(HERE), **kwargs.pop('env', {}))
+    return subprocess.run([sys.executable, '-m', 'broapt_compose', *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          universal_newlines=True, env=environment, stdin=subprocess.DEVNULL, timeout=120, **kwargs)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    'arguments, message',
+    [
+        (['-i', '0'], "--interval: '0' is not a number of seconds greater than 0"),
+        (['-s', 'KILL', 'check'], "--signal: 'KILL' is not a signal such as 15, TERM or SIGTERM, other than KILL and STOP"),
+        (['-f', '/none'], "--file: ['/none'] is not a readable file (/none: No such file or directory)"),
+        (['status', '--prune', 'all'], "--prune: 'all' is not project, system or none"),
+        (['status', '--dry-run'], '--dry-run goes with check, --json with status; --help lists what is accepted'),
+        (['--nonsense'], 'unrecognized arguments: --nonsense; --help lists what is accepted'),
+    ],
+)
+def test_bad_usage_is_one_line_and_exit_code_2(arguments, message):
+    result = run_module(*arguments)
+    assert (result.returncode, result.stdout, result.stderr) == (2, '', 'broapt_compose: {}\n'.format(message))
+
+
+@pytest.mark.parametrize('command', ['run', 'check', 'status'])
+def test_docker_that_fails_is_one_line_and_exit_code_1(docker, command):
+    docker.play(compose_ps={'code': 1, 'err': 'permission denied while trying to connect\n'})
+    result = run_module(command, env={'PATH': str(docker.folder)})
+    assert (result.returncode, result.stdout) == (1, '')
+    assert result.stderr.endswith('docker compose ps --all --quiet: exit code 1: permission denied while trying to connect\n')
+    assert len(result.stderr.splitlines()) == 1
+    (docker.folder / 'docker').unlink()
+    result = run_module(command, env={'PATH': str(docker.folder)})
+    assert (result.returncode, result.stderr) == (1, 'broapt_compose: docker --version: No such file or directory\n')
+
+
+def test_status_is_an_aligned_table_with_a_row_for_what_is_missing(docker):
+    play_stack(docker, [line('core', 'exited', 'Exited (137) 5 seconds ago')], PLAIN)
+    result = run_module('status')
+    assert result.returncode == 1
+    assert result.stdout == textwrap.dedent("""\
+        SERVICE  CONTAINER    STATE         HEALTH  SINCE
+        core     shop-core-1  exited (137)  -       5 seconds
+        side     -            missing       -       -
+        """)
+
+
+def test_status_as_json(docker):
+    play_stack(docker, [SIDE, line('core', 'running', 'Up 5 seconds (healthy)')], PLAIN)
+    result = run_module('status', '--json')
+    document = json.loads(result.stdout)
+    assert (result.returncode, document['project'], document['ok']) == (0, 'shop', True)
+    assert document['containers'][0] == {
+        'service': 'core', 'container': 'shop-core-1', 'id': 'core1', 'state': 'running', 'health': 'healthy',
+        'since': '5 seconds', 'watched': True, 'fault': False,
+    }  # fmt: skip
+
+
+def test_check_dry_run_says_what_would_be_done_and_does_nothing(docker):
+    play_stack(docker, [line('core', 'paused', 'Up 5 seconds (Paused)')], PLAIN)
+    result = run_module('check', '--dry-run')
+    assert result.returncode == 0
+    assert result.stdout == (
+        'core: paused: would run `docker unpause core1`\n'
+        'side: missing: would run `compose up --detach --no-recreate --no-deps side`\n'
+    )
+    assert repairs(docker) == []
+    play_stack(docker, [line('core', 'running', 'Up 5 seconds'), SIDE], PLAIN)
+    assert run_module('check', '--dry-run').stdout == 'core: running: nothing to do\nside: running: nothing to do\nall is well\n'
+
+
+def test_check_repairs_and_tells_by_its_exit_code_whether_it_could(docker):
+    play_stack(docker, [line('core', 'paused', 'Up 5 seconds (Paused)'), SIDE], PLAIN)
+    result = run_module('check', '--settle', '0.1')
+    assert (result.returncode, result.stdout) == (0, '')
+    assert 'core: paused -> unpaused' in result.stderr
+    play_stack(docker, [line('core', 'paused', 'Up 5 seconds (Paused)'), SIDE], PLAIN, unpause={'code': 1, 'err': 'no'})
+    assert run_module('check', '--settle', '0').returncode == 1
+    assert repairs(docker) == [['unpause', 'core1']] * 2
+
+
+def test_module_documents_itself():
+    for name in bc.__all__:
+        assert getattr(bc, name).__doc__, name
+    text = subprocess.check_output([sys.executable, '-m', 'pydoc', 'broapt_compose'], cwd=str(HERE), universal_newlines=True)
+    assert 'BROAPT_COMPOSE_COMMAND' in text and Action.__doc__ and Verb.__doc__
