@@ -54,20 +54,8 @@ import threading
 import time
 import warnings
 from typing import (
-    Any,
-    Callable,
-    ContextManager,
-    Dict,
-    Iterable,
-    Iterator,
-    List,
-    Mapping,
-    NamedTuple,
-    Optional,
-    Sequence,
-    Set,
-    Tuple,
-)
+    Any, Callable, ContextManager, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple,
+)  # fmt: skip
 
 __version__ = '1.0.0'
 __all__ = [
@@ -400,7 +388,7 @@ def _run(command: Sequence[str], limit: float, cancel: Any = None, echo: bool = 
     except subprocess.TimeoutExpired:
         reason = 'no answer within {:g} s'.format(limit)
     except (OSError, ValueError) as error:
-        reason = getattr(error, 'strerror', None) or str(error)
+        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
     finally:
         if process is not None:
             if reason:
