@@ -53,9 +53,7 @@ import sys
 import threading
 import time
 import warnings
-from typing import (
-    Any, Callable, ContextManager, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple,
-)  # fmt: skip
+from typing import Any, Callable, ContextManager, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 __version__ = '1.0.0'
 __all__ = [
@@ -789,7 +787,7 @@ class _Watch:
         self.stack, self.settings, self.notify, self.clock = stack, stack.settings, notify, clock
         self.services = services  # None: not read yet
         self.history = History()
-        self.definitions: Set[Tuple[str, str]] = set()  # (service, config hash) of all containers seen
+        self.definitions: Any = set()  # (service, config hash) of all containers seen
         self.repairs: Dict[Future[str], Tuple[List[Action], float]] = {}  # under way: what, and since when
         self.failures = 0  # repairs that failed
         self.outage: Optional[float] = None  # when Docker stopped to answer

@@ -48,7 +48,7 @@ MODULE_0, MODULE, LEAST, POLLER = COLUMNS = ('module, settle 0', 'module', 'floo
 SETTLE = 1.0  # the module's default, seconds
 INTERVAL = 10.0  # the module's default and the poller's, seconds
 REST = 11.0  # between two faults of a stack, seconds: ten of running clear the module's history of a service
-PATIENCE = 60.0  # a fault not repaired after so many seconds counts as never
+PATIENCE = 60.0  # in the table this means: not repaired after so many seconds
 WARM_UP = 4.0  # from a stack that runs to a watcher that surely watches, seconds
 LABEL = 'com.docker.compose.'
 HOST = """
@@ -98,7 +98,7 @@ class Figure(NamedTuple):
 
     what: str
     unit: str
-    samples: Dict[str, List[float]]  # column -> values; infinite: never
+    samples: Dict[str, List[float]]  # column -> values
 
 
 class Goal(NamedTuple):
@@ -192,7 +192,7 @@ class Stack:
 
     def compose(self, *arguments: str) -> None:
         """Run one Compose command."""
-        subprocess.run([*self.command, *arguments], stdout=self.log, stderr=self.log, check=True, timeout=600)
+        subprocess.run([*self.command, *arguments], stdout=self.log, stderr=self.log, check=True)
 
     def remove(self) -> None:
         """Leave nothing of the stack behind, whatever state it is in."""
@@ -214,15 +214,9 @@ class Watcher:
         if column in (MODULE_0, MODULE):
             options = f'--settle {0 if column == MODULE_0 else SETTLE} -f {stack.file} run'
             command = ['-m', 'broapt_compose', '--compose-command', stack.options.compose, *options.split()]
+        env, log = {**stack.options.environment, 'PATH': path}, stack.log
         self.process = subprocess.Popen(
-            [*PYTHON, *command],
-            cwd=ROOT,
-            env={**stack.options.environment, 'PATH': path},
-            stdin=subprocess.PIPE,
-            stdout=stack.log,
-            stderr=stack.log,
-            text=True,
-            start_new_session=True,
+            [*PYTHON, *command], env=env, stdin=subprocess.PIPE, stdout=log, stderr=log, text=True, start_new_session=True
         )
 
     def expect(self, breaks: Dict[str, str]) -> None:
@@ -239,15 +233,17 @@ class Watcher:
 
     def end(self) -> float:
         """Send the kill signal; the seconds until the exit. What is left of its children is killed."""
-        start, tree = time.monotonic(), process_tree(self.process.pid)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.terminate()
-            self.process.wait(300)
+        children = process_tree(self.process.pid)[1:]
+        limit = threading.Timer(300, self.process.kill)  # not wait(300): that looks every 50 ms only
+        limit.start()
+        start = time.monotonic()
+        self.process.terminate()
+        self.process.wait()
         seconds = time.monotonic() - start
-        for pid in tree if self.process.poll() is None else tree[1:]:
+        limit.cancel()
+        for pid in children:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        self.process.wait()
         return seconds
 
 
@@ -274,13 +270,9 @@ def watching(log: EventLog, stack: Stack, column: str, path: str = os.environ['P
 def watcher_source(watch: Callable[[str, List[str]], None]) -> str:
     """A program of one function of this file: a process that does without what the rest of the file imports."""
     head = 'import json, subprocess, sys, threading, time\nfrom typing import Dict, List'
-    parts = [
-        head,
-        f'LABEL, INTERVAL = {LABEL!r}, {INTERVAL}',
-        inspect.getsource(list_containers),
-        inspect.getsource(watch),
-    ]
-    return '\n'.join([*parts, f'{watch.__name__}(sys.argv[1], sys.argv[2:])'])
+    constants = f'LABEL, INTERVAL = {LABEL!r}, {INTERVAL}'
+    call = f'{watch.__name__}(sys.argv[1], sys.argv[2:])'
+    return '\n'.join([head, constants, inspect.getsource(list_containers), inspect.getsource(watch), call])
 
 
 def be_floor(project: str, compose: List[str]) -> None:
@@ -325,7 +317,7 @@ def be_poller(project: str, compose: List[str]) -> None:
 
 
 def strike(log: EventLog, watcher: Watcher, fault: Fault) -> float:
-    """Let a fault befall the watcher's stack; the seconds it took to recover, infinite if it did not."""
+    """Let a fault befall the watcher's stack; the seconds it took to recover, PATIENCE if it did not."""
     stack = watcher.stack
     services = dict(zip(('one', 'two'), random.sample(stack.services, 2)))
     breaks = {services[service]: action for service, action in fault.breaks.items()}
@@ -345,7 +337,11 @@ def strike(log: EventLog, watcher: Watcher, fault: Fault) -> float:
         return recovery_time(events, breaks) < math.inf and time.time() - events[-1].time > 1
 
     wait_until(is_quiet, PATIENCE)
-    return recovery_time(log.of(stack.project, since), breaks)
+    seconds = recovery_time(log.of(stack.project, since), breaks)
+    if seconds == math.inf:
+        stack.remove()
+        stack.compose('up', '--detach')
+    return min(seconds, PATIENCE)
 
 
 def measure_recovery(options: argparse.Namespace, log: EventLog) -> List[Figure]:
@@ -392,14 +388,19 @@ def cpu_seconds(pid: int) -> float:
             return sum(int(field) for stat in stats for field in stat[11:15]) / os.sysconf('SC_CLK_TCK')
 
 
+def find_mib(name: str, text: str) -> float:
+    """A value in KiB from one of the files in /proc."""
+    found = re.search(rf'^{name}:\s+(\d+)', text, re.M)
+    return int(found[1]) / 1024 if found else 0.0
+
+
 def pss_mib(pids: Sequence[int]) -> float:
     """Proportional set size of some processes, together."""
-    total = 0
+    total = 0.0
     for pid in pids:
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            rollup = pathlib.Path(f'/proc/{pid}/smaps_rollup').read_text()
-            total += int(re.findall(r'^Pss: +(\d+)', rollup, re.M)[0])
-    return total / 1024
+            total += find_mib('Pss', pathlib.Path(f'/proc/{pid}/smaps_rollup').read_text())
+    return total
 
 
 def make_counter(options: argparse.Namespace) -> pathlib.Path:
@@ -466,29 +467,29 @@ def measure_end(options: argparse.Namespace, log: EventLog) -> List[Figure]:
 
 def run_python(options: argparse.Namespace, code: str, **variables: str) -> Tuple[float, str]:
     """The milliseconds from start to end of `python -c`, and its output."""
-    start = time.monotonic()
     environment = {**options.environment, **variables}
+    start = time.monotonic()
     output = subprocess.check_output([*PYTHON, '-c', code], env=environment, stderr=subprocess.DEVNULL, text=True)
     return (time.monotonic() - start) * 1000, output
 
 
 def measure_import(options: argparse.Namespace, log: EventLog) -> List[Figure]:
     """Time and memory of the import, and what the module adds to a host process."""
-    spent = Figure('import: whole process', 'ms', {MODULE: [], LEAST: []})
-    peak = Figure('import: peak RSS', 'MiB', {MODULE: [], LEAST: []})
-    run_python(options, 'import broapt_compose')  # writes the byte code
+    codes = {MODULE: 'import broapt_compose', LEAST: 'pass'}
+    runs: Dict[str, List[Tuple[float, str]]] = {column: [] for column in codes}
+    run_python(options, codes[MODULE])  # writes the byte code
     for _ in range(options.import_rounds):
-        for column, code in ((MODULE, 'import broapt_compose'), (LEAST, 'pass')):
-            spent.samples[column].append(run_python(options, code)[0])
+        for column, code in codes.items():
             # not by getrusage(): its peak counts the parent's memory before the exec as well
-            status = run_python(options, f'{code}; print(open("/proc/self/status").read())')[1]
-            peak.samples[column].append(int(re.findall(r'VmHWM:\s+(\d+)', status)[0]) / 1024)
-    imported, watched = zip(*(host_memory(options, number) for number in range(3)))
-    hosts = {'import adds': imported, 'import and watching add': watched}
+            runs[column].append(run_python(options, f'{code}; print(open("/proc/self/status").read())'))
+    times = {column: [run[0] for run in of_column] for column, of_column in runs.items()}
+    peaks = {column: [find_mib('VmHWM', run[1]) for run in of_column] for column, of_column in runs.items()}
+    hosts = [host_memory(options, number) for number in range(3)]
     return [
-        spent,
-        peak,
-        *(Figure(f'host process: {what}', 'MiB', {MODULE: list(values)}) for what, values in hosts.items()),
+        Figure('import: whole process', 'ms', times),
+        Figure('import: peak RSS', 'MiB', peaks),
+        Figure('host process: import adds', 'MiB', {MODULE: [host[0] for host in hosts]}),
+        Figure('host process: import and watching add', 'MiB', {MODULE: [host[1] for host in hosts]}),
     ]
 
 
@@ -508,8 +509,8 @@ def host_memory(options: argparse.Namespace, number: int) -> Tuple[float, ...]:
 
 def show(values: Sequence[float]) -> str:
     """«median (worst)», or the only value."""
-    texts = ['never' if value == math.inf else f'{value:.2f}' for value in (statistics.median(values), max(values))]
-    return texts[0] if len(values) == 1 else f'{texts[0]} ({texts[1]})'
+    median, worst = statistics.median(values), max(values)
+    return f'{median:.2f}' if len(values) == 1 else f'{median:.2f} ({worst:.2f})'
 
 
 def show_row(figure: Figure, start: int = 0) -> str:
@@ -520,12 +521,8 @@ def show_row(figure: Figure, start: int = 0) -> str:
 
 def judge(figures: Sequence[Figure]) -> List[Goal]:
     """The goals of issue 4 for which there are figures: medians, as ratios."""
-    middle = {
-        f'{figure.what}; {column}': statistics.median(values)
-        for figure in figures
-        for column, values in figure.samples.items()
-        if values
-    }
+    columns = [(f'{figure.what}; {column}', values) for figure in figures for column, values in figure.samples.items()]
+    middle = {name: statistics.median(values) for name, values in columns if values}
     goals = []
 
     def compare(what: str, first: str, second: str, allowed: float, less: float = 0.0) -> None:
@@ -573,17 +570,9 @@ def print_tables(where: str, figures: Sequence[Figure], goals: Sequence[Goal]) -
 
 
 def print_json(where: str, figures: Sequence[Figure], goals: Sequence[Goal]) -> None:
-    """The same with all samples; null for never, as JSON has no infinity."""
-
-    def finite(value: float) -> Optional[float]:
-        return None if math.isinf(value) or math.isnan(value) else round(value, 4)
-
-    rows = []
-    for what, unit, samples in figures:
-        values = {column: [finite(value) for value in values] for column, values in samples.items()}
-        rows.append({'what': what, 'unit': unit, 'samples': values})
-    verdicts = [{'what': what, 'measured': finite(measured), 'allowed': allowed} for what, measured, allowed in goals]
-    print(json.dumps({'where': where, 'figures': rows, 'goals': verdicts}, indent=2))
+    """The same with all samples."""
+    rows = [figure._asdict() for figure in figures]
+    print(json.dumps({'where': where, 'figures': rows, 'goals': [goal._asdict() for goal in goals]}, indent=2))
 
 
 SECTIONS = {'recovery': measure_recovery, 'idle': measure_idle, 'end': measure_end, 'import': measure_import}
