@@ -522,7 +522,7 @@ class _Stack:
         return containers
 
     def stop(self) -> None:
-        """Stop the stack gracefully, kill what outlasts its time, and clean up."""
+        """Stop the stack gracefully, kill what outlasts its time, and clean up in any case."""
         try:
             grace = self.longest_grace(c.id for c in self.unpause())
             self.compose('stop', limit=self.settings.timeout + grace)
@@ -531,10 +531,11 @@ class _Stack:
             alive = [c.id for c in self.observe() if c.state in _ALIVE]
             if alive:
                 self.docker('kill', *alive)
-        try:
-            self.clean_up()
-        except ComposeError as error:
-            _warn('the stack is stopped, but the clean-up failed: {}'.format(error))
+        finally:
+            try:
+                self.clean_up()
+            except ComposeError as error:
+                _warn('the clean-up failed: {}'.format(error))
 
     def clean_up(self) -> None:
         """Delete what the setting *prune* says."""
@@ -1182,10 +1183,13 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         parser.error('--dry-run goes with check, --json with status')
     _set_up_logging(arguments.pop('level'))
     try:
-        settings = _complete(Settings.load(**arguments))
-        if command == 'check':
-            return _check(settings, dry_run)
-        return _status(settings, as_json) if command == 'status' else _run_until_signal(settings)
+        settings = Settings.load(**arguments)
+        if command == 'run':
+            return _run_until_signal(settings)
+        stack = _Stack(_complete(settings))
+        return _status(stack, as_json) if command == 'status' else _explain(stack) if dry_run else _check(stack)
+    except KeyboardInterrupt:
+        return 1
     except (ValueError, ComposeError) as error:
         print('broapt_compose: {}'.format(error), file=sys.stderr)
         return 1 if isinstance(error, ComposeError) else 2
@@ -1252,18 +1256,16 @@ def _notify(text: str) -> None:
             sock.sendto(text.encode(), '\0' + address[1:] if address.startswith('@') else address)
 
 
-def _check(settings: Settings, dry_run: bool) -> int:
+def _check(stack: _Stack) -> int:
     """Look, wait until the faults have settled, look again, and repair what still is wrong."""
-    with contextlib.closing(_Watch(_Stack(settings))) as watch:
-        if dry_run:
-            return _explain(watch.stack)
+    with contextlib.closing(_Watch(stack)) as watch:
         watch.cycle()
-        settled = watch.clock() + settings.settle
+        settled = watch.clock() + stack.settings.settle
         while watch.clock() < settled:
             watch.wait(settled - watch.clock())
         watch.cycle()
         while watch.repairs:
-            watch.wait(settings.interval)
+            watch.wait(stack.settings.interval)
             watch.finish_repairs()
         return 1 if watch.outage is not None or watch.failures else 0
 
@@ -1283,16 +1285,15 @@ def _explain(stack: _Stack) -> int:
     return 0
 
 
-def _status(settings: Settings, as_json: bool) -> int:
+def _status(stack: _Stack, as_json: bool) -> int:
     """Print a row for each container and for each service that lacks one; return 1 if one is not as it should be."""
-    stack = _Stack(settings)
     containers, services = stack.observe(), stack.services()
     rows = []
     for c in containers:
         well = c.state is State.RUNNING and c.health != 'unhealthy' or _has_done_its_job(c, services)
         row = {'service': c.service, 'container': c.name, 'id': c.id, 'state': c.condition, 'health': c.health, 'since': c.since}
         rows.append({**row, 'watched': c.watched, 'fault': not well and c.watched and c.service in services})
-    for action in decide(containers, services, 0.0, History(), settings):
+    for action in decide(containers, services, 0.0, History(), stack.settings):
         if not action.container:
             rows.append({'service': action.service, 'state': action.cause, 'fault': True})
     rows.sort(key=lambda row: (row['service'], row.get('container', '')))
