@@ -37,7 +37,6 @@ BROAPT_COMPOSE_COMMAND  the Compose command; else the first of the two that answ
 
 import collections
 import contextlib
-import datetime
 import enum
 import importlib
 import json
@@ -70,6 +69,7 @@ _STEADY = 10.0  # seconds of running that end a crash loop, as in Docker's own r
 _LONGEST_DELAY = 300.0  # seconds between two repairs in a crash loop
 _LOOP = 3  # repairs in a row from which on it is called a crash loop
 _DEFAULT_GRACE = 10.0  # seconds that Docker gives a container without a stop timeout of its own
+_AFTERMATH = 1.0  # seconds after an event in which to look again: Docker tells of a death before `docker ps` shows it
 _STREAM_LIFE = 55.0  # seconds of an event stream, so that none outlives its watcher by more than a minute
 _OUTPUT_LIMIT = 1 << 24  # bytes; no answer of Docker's is longer
 _ERROR_LIMIT = 1 << 16  # bytes; of more, the end is kept
@@ -499,6 +499,8 @@ class _Stack:
         It begins at the engine's time *since* ('': now). If its reader dies, it ends at the next event only, so it gets
         an end; that is compared with the engine's clock, which may differ from this machine's.
         """
+        import datetime
+
         since = since or self.docker('info', '--format', '{{.SystemTime}}').strip()
         try:
             start = datetime.datetime.strptime(since[:19], '%Y-%m-%dT%H:%M:%S')
@@ -793,7 +795,7 @@ class _Watch:
         self.failures = 0  # repairs that failed
         self.outage: Optional[float] = None  # when Docker stopped to answer
         self.events: Optional[subprocess.Popen[bytes]] = None
-        self.events_opened = self.reopening = -math.inf
+        self.events_opened = self.reopening = self.woken = -math.inf  # woken: when the last event came
         self.events_until = ''  # the engine's time up to which no event is missed
         self.pool = ThreadPoolExecutor(16)
         self.wake = os.pipe()  # written to when a repair has ended
@@ -825,10 +827,14 @@ class _Watch:
     def wait(self, timeout: float) -> bool:
         """Wait until a repair has ended, Docker reports an event, or the timeout; return False if the flag is down."""
         for key, _ in self.selector.select(max(0.0, min(timeout, 1e6))):  # epoll takes 24 days at most
-            if key.fileobj is not UP_FLAG and not os.read(key.fd, 1 << 16):  # the end of the event stream
+            if key.fileobj is UP_FLAG:
+                continue
+            if not os.read(key.fd, 1 << 16):  # the end of the event stream
                 if self.clock() - self.events_opened < _STREAM_LIFE - 5:
                     self.events_until = ''  # lost before its time: nobody knows what was missed
                 self._close_events()
+            elif key.fd != self.wake[0]:
+                self.woken = self.clock()
         return UP_FLAG.value
 
     def _open_events(self, now: float) -> None:
@@ -866,13 +872,15 @@ class _Watch:
         if self.outage is not None:
             logger.info('Docker answers again, after %.0f s', now - self.outage)
             self.outage = None
-        actions = decide(containers, services, now, self.history, self.settings)
+        recent = now - self.woken < _AFTERMATH
+        actions = decide(containers, services, self.woken if recent else now, self.history, self.settings)
         self._warn_of_loops(actions, now)
         self.history = self.history._replace(since={action.key: action.since for action in actions})
         busy = {action.service for group, _ in self.repairs.values() for action in group}
         self._act([action for action in actions if action.due <= now and action.service not in busy])
         self.notify('STATUS={}\nWATCHDOG=1'.format(_summarize(containers, services, actions)))
         waiting = [now + interval, self.reopening if self.stack.project and not self.events else math.inf]
+        waiting += [now + max(0.03, now - self.woken)] if recent else []
         return min(waiting + [action.due for action in actions if action.due > now]) - self.clock()
 
     def _refresh_services(self, containers: Sequence[Container]) -> Mapping[str, Service]:

@@ -862,6 +862,24 @@ def test_event_wakes_the_watcher(docker):
         assert w.wait(3600) is True
 
 
+def test_after_an_event_it_looks_again_soon_for_the_engine_tells_of_a_death_before_ps_shows_it(docker):
+    clock = Clock()
+    lines = [SIDE, line('core', 'running', 'Up 1 second')]
+    play_stack(docker, lines, PLAIN, events={'out': 'abc\n', 'hang': True})
+    with watch(FAST._replace(settle=5), clock=clock) as w:
+        assert round(w.cycle()) == 3600
+        assert w.wait(20)
+        pauses = []
+        while not pauses or pauses[-1] < 60:
+            pauses.append(w.cycle())
+            clock.now += pauses[-1]
+        assert [round(pause, 2) for pause in pauses[:-1]] == [0.03, 0.03, 0.06, 0.12, 0.24, 0.48, 0.96]
+        clock.now = w.woken + 0.5
+        play_stack(docker, [SIDE, line('core', 'exited', 'Exited (1) 1 second ago')], PLAIN, events={'hang': True})
+        w.cycle()
+        assert w.history.since == {(Verb.START, 'core1'): w.woken}, 'the fault began with the event'
+
+
 def test_lowered_flag_ends_the_watcher_at_once_with_an_interval_of_an_hour(docker):
     play_stack(docker, [SIDE, line('core', 'running', 'Up 1 second')], PLAIN)
     thread = threading.Thread(target=bc.watch_container, args=(FAST,))
