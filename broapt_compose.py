@@ -860,7 +860,10 @@ class _Watch:
             self.stack.find_project()
             self._open_events(now)
             containers = self.stack.observe()
-            services = self._refresh_services(containers)
+            seen = {(c.service, c.config_hash) for c in containers}
+            if self.services is None or self.definitions and not seen <= self.definitions:  # somebody has deployed changes
+                self._read_services()
+            self.definitions |= seen
         except ComposeError as error:
             self._close_events()
             self.events_until = ''
@@ -873,6 +876,7 @@ class _Watch:
             logger.info('Docker answers again, after %.0f s', now - self.outage)
             self.outage = None
         recent = now - self.woken < _AFTERMATH
+        services = self.services or {}
         actions = decide(containers, services, self.woken if recent else now, self.history, self.settings)
         self._warn_of_loops(actions, now)
         self.history = self.history._replace(since={action.key: action.since for action in actions})
@@ -883,21 +887,13 @@ class _Watch:
         waiting += [now + max(0.03, now - self.woken)] if recent else []
         return min(waiting + [action.due for action in actions if action.due > now]) - self.clock()
 
-    def _refresh_services(self, containers: Sequence[Container]) -> Mapping[str, Service]:
-        """Read the Compose files at the beginning, and again when somebody has deployed a changed definition."""
-        seen = {(c.service, c.config_hash) for c in containers}
-        changed = bool(self.definitions) and not seen <= self.definitions
-        self.definitions |= seen
-        if self.services is None:
-            self.services = self.stack.services()
-        elif changed:
-            self._read_services_again()
-        return self.services
-
-    def _read_services_again(self) -> None:
+    def _read_services(self) -> None:
+        """Read the Compose files; if that fails another time, go on by what they said before."""
         try:
             self.services = self.stack.services()
         except ComposeError as error:
+            if self.services is None:
+                raise
             _warn('the Compose file cannot be read; going on by what it said before: {}'.format(error))
 
     def _warn_of_loops(self, actions: Iterable[Action], now: float) -> None:
@@ -937,7 +933,7 @@ class _Watch:
                     seconds = self.clock() - began
                     logger.info('%s: %s -> %s (%.2f s)', action.label, action.cause, action.verb.done, seconds)
             if error is not None and group[0].verb.tool == 'compose':
-                self._read_services_again()  # perhaps it is not declared any more
+                self._read_services()  # perhaps it is not declared any more
 
     def _record(self, action: Action, failed: bool) -> None:
         """Remember a repair: its fault is over, or begins anew, and the next one of this service may have to wait."""
@@ -984,7 +980,7 @@ def _watch_in_process(plan: _Plan) -> None:
         selector.register(UP_FLAG, selectors.EVENT_READ)
         while UP_FLAG.value:
             ours, theirs = multiprocessing.Pipe()
-            arguments = (theirs, ours, plan, logger.level)
+            arguments = (theirs, ours, plan, logger.level if plan.notify is _notify else None)
             process = multiprocessing.Process(target=_process_main, args=arguments, daemon=True)
             with contextlib.closing(ours), contextlib.suppress(OSError):  # no process to be had just now
                 process.start()
@@ -998,13 +994,13 @@ def _watch_in_process(plan: _Plan) -> None:
                 _warn('the watcher process has died (exit code {}); starting it again'.format(process.exitcode))
 
 
-def _process_main(channel: Any, parents_end: Any, plan: _Plan, level: int) -> None:
+def _process_main(channel: Any, parents_end: Any, plan: _Plan, level: Optional[int]) -> None:
     """Watch in a process of its own, until the parent closes its end of the channel or is gone."""
     parents_end.close()  # with this copy open, the end of the parent would go unnoticed
     for signum in (signal.SIGINT, plan.settings.kill_signal):
         signal.signal(signum, lambda *_: None)  # the parent's business; not SIG_IGN, which commands would inherit
     UP_FLAG.__init__()  # type: ignore[misc]  # a forked copy would wake the parent's watcher
-    if level:
+    if level is not None:  # on the command line: a process that is not forked has to be told
         _set_up_logging(level)
     threading.Thread(target=_lower_with_parent, args=(channel, os.getppid()), daemon=True).start()
     _watch(plan)
