@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -1138,3 +1139,363 @@ def test_module_documents_itself():
         assert getattr(bc, name).__doc__, name
     text = subprocess.check_output([sys.executable, '-m', 'pydoc', 'broapt_compose'], cwd=str(HERE), universal_newlines=True)
     assert 'BROAPT_COMPOSE_COMMAND' in text and Action.__doc__ and Verb.__doc__
+
+
+# -- on a real engine: what is used by all of these tests ------------------------------------------------------------
+
+COMPOSE = {'Compose 1.29': ('docker-compose',), 'Compose 2': ('docker', 'compose')}
+ROUNDS = int(os.environ.get('BROAPT_TEST_ROUNDS', '4'))  # of each thing that people do by hand
+needs_docker = pytest.mark.docker
+
+STACK = """\
+services:
+  core: &plain {image: busybox, command: sleep 10000, stop_signal: SIGKILL}
+  far: {image: busybox, command: sleep 10000, stop_signal: SIGKILL, network_mode: 'service:core'}
+  pair: {image: busybox, command: sleep 10000, stop_signal: SIGKILL, scale: 2}
+  once: {image: busybox, command: 'true'}
+  side:
+    <<: *plain
+    depends_on: {once: {condition: service_completed_successfully}}
+  well:
+    <<: *plain
+    healthcheck: {test: test ! -e /dev/shm/sick, interval: 0.3s, retries: 1, start_period: 0s}
+  alone:
+    <<: *plain
+    labels: {broapt.watch: 'false'}
+"""
+
+
+def call(*command, code=0, **kwargs):
+    """Return what the command prints on standard output."""
+    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True, timeout=120,
+                            stdin=subprocess.DEVNULL, **kwargs)  # fmt: skip
+    assert code in (None, result.returncode), (command, result)
+    return result.stdout
+
+
+class Host:
+    """A process with a log; whatever happens, nothing of its own is left at the end."""
+
+    def __init__(self, command, log, **kwargs):
+        self.path = log
+        with log.open('w') as file:
+            self.process = subprocess.Popen(command, stdout=file, stderr=file, stdin=subprocess.DEVNULL, **kwargs)
+
+    def log(self):
+        return self.path.read_text()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        children = descendants(self.process.pid)
+        with contextlib.suppress(ProcessLookupError):
+            self.process.kill()
+        self.process.wait()
+        for pid in children:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def descendants(pid):
+    """Return the ids of a process's children, and of theirs."""
+    children = {}
+    for entry in os.listdir('/proc'):
+        with contextlib.suppress(OSError, ValueError):
+            with open('/proc/{}/stat'.format(int(entry))) as file:
+                children.setdefault(int(file.read().rpartition(')')[2].split()[1]), []).append(int(entry))
+    found = children.get(pid, [])
+    for child in found:
+        found.extend(children.get(child, []))
+    return found
+
+
+class Project:
+    """A Compose project of its own on the real engine."""
+
+    def __init__(self, folder, compose, environment=None):
+        self.folder, self.compose_command, self.environment = folder, compose, environment
+        self.name = 'broapt-test-{:08x}'.format(random.SystemRandom().getrandbits(32))
+        self.filter = '--filter=label=com.docker.compose.project=' + self.name
+        self.file = folder / 'docker-compose.yml'
+
+    def write(self, text):
+        self.file.write_text(text)
+        return self
+
+    def docker(self, *arguments, **kwargs):
+        return call('docker', *arguments, env=self.environment, **kwargs)
+
+    def compose(self, *arguments, **kwargs):
+        arguments = (*self.compose_command, '-f', str(self.file), '-p', self.name, *arguments)
+        return call(*arguments, cwd=str(self.folder), env=self.environment, **kwargs)
+
+    def settings(self, **given):
+        given = {'settle': 0, 'interval': 5, 'compose_command': (*self.compose_command, '-p', self.name), **given}
+        return Settings.load(docker_compose=[str(self.file)], **given)
+
+    def options(self, *more):
+        """The same for the command line."""
+        command = ' '.join(map(shlex.quote, [*self.compose_command, '-p', self.name]))
+        return ['--file', str(self.file), '--compose-command', command, '--settle', '0', '--interval', '5', *more]
+
+    @contextlib.contextmanager
+    def watchdog(self, *options, start=(sys.executable, str(MODULE), 'run'), code=0):
+        """Run the stack under the watchdog, in a process of its own; at the end see it exit as it should."""
+        with Host([*start, *self.options(*options)], self.folder / 'log', env=self.environment) as host:
+            assert eventually(lambda: 'the stack is up' in host.log(), 60), host.log()
+            yield host
+            host.process.terminate()
+            assert host.process.wait(60) == code, host.log()
+            assert self.ids() == []
+
+    def ids(self, *services):
+        """Ids of all containers of these services, the oldest first; of all services if none is named."""
+        form = '{{.ID}} {{.Label "com.docker.compose.service"}}'
+        pairs = map(str.split, reversed(self.docker('ps', '-a', '--no-trunc', self.filter, '--format', form).splitlines()))
+        return [ident for ident, service in pairs if not services or service in services]
+
+    def look(self):
+        """Return id -> (service, state, start time, restarts) of all containers."""
+        ids = self.ids()
+        labels = '{{index .Config.Labels "com.docker.compose.service"}}'
+        form = '{{.Id}} ' + labels + ' {{.State.Status}} {{.State.StartedAt}} {{.RestartCount}}'
+        lines = self.docker('inspect', '--format', form, *ids).splitlines() if ids else []
+        return {line.split()[0]: tuple(line.split()[1:]) for line in lines}
+
+    def is_well(self, services=('core', 'far', 'once', 'pair', 'pair', 'side', 'well')):
+        """Whether all runs that should: each service as often as it is named, and what runs once has ended."""
+        try:
+            looked = self.look().values()
+        except AssertionError:  # gone between the two commands
+            return False
+        shown = sorted((service, state) for service, state, *_ in looked if service != 'alone')
+        return shown == [(service, 'exited' if service == 'once' else 'running') for service in services]
+
+    def remove(self):
+        for ident in self.ids():
+            subprocess.run(
+                ['docker', 'rm', '-fv', ident], env=self.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            )
+        for kind in ('network', 'volume'):
+            for name in self.docker(kind, 'ls', '-q', self.filter).split():
+                self.docker(kind, 'rm', name)
+        assert self.ids() == []
+
+
+@pytest.fixture(scope='session')
+def engine():
+    """Make sure that there is an engine, or skip; with BROAPT_TEST_DOCKER=required, fail."""
+    for command in (['docker', 'image', 'inspect', 'busybox'], *[[*compose, 'version'] for compose in COMPOSE.values()]):
+        try:
+            call(*command)
+        except (AssertionError, OSError) as error:
+            reason = 'no Docker engine with busybox and both Compose generations: {}'.format(error)
+            (pytest.fail if os.environ.get('BROAPT_TEST_DOCKER') == 'required' else pytest.skip)(reason)
+
+
+@pytest.fixture(params=list(COMPOSE))
+def project(request, engine, tmp_path):
+    project = Project(tmp_path, COMPOSE[request.param])
+    yield project
+    project.remove()
+
+
+@pytest.fixture
+def project_2(engine, tmp_path):
+    """A project where the generation of Compose makes no difference."""
+    project = Project(tmp_path, COMPOSE['Compose 2'])
+    yield project
+    project.remove()
+
+
+PAIR = 'services:\n  core: {image: busybox, command: sleep 10000, stop_signal: SIGKILL}\n'
+PAIR += '  side: {image: busybox, command: sleep 10000, stop_signal: SIGKILL}\n'
+
+
+# -- on a real engine: repairs ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope='module', params=[(compose, watcher) for compose in COMPOSE for watcher in ('thread', 'process')],
+                ids=lambda param: ' '.join(param))  # fmt: skip
+def watched(request, engine, tmp_path_factory):
+    """A stack under the watchdog, for one fault after the other."""
+    project = Project(tmp_path_factory.mktemp('stack'), COMPOSE[request.param[0]]).write(STACK)
+    try:
+        with project.watchdog('--watcher', request.param[1], '--interval', '3600'):  # nothing but the events wakes it
+            yield project
+    finally:
+        project.remove()
+
+
+def sicken(project):
+    project.docker('exec', *project.ids('well'), 'touch', '/dev/shm/sick')
+
+
+FAULTS = {
+    'killed': (['core'], lambda p: p.docker('kill', *p.ids('core'))),
+    'stopped': (['side'], lambda p: p.docker('stop', *p.ids('side'))),
+    'paused': (['core'], lambda p: p.docker('pause', *p.ids('core'))),
+    'removed': (['side'], lambda p: p.docker('rm', '-f', *p.ids('side'))),
+    'one of two killed': (['pair'], lambda p: p.docker('kill', p.ids('pair')[0])),
+    'one of two removed': (['pair'], lambda p: p.docker('rm', '-f', p.ids('pair')[0])),
+    'owner of a network removed': (['core', 'far'], lambda p: p.docker('rm', '-f', *p.ids('core'))),
+    'one in the network of another removed': (['far'], lambda p: p.docker('rm', '-f', *p.ids('far'))),
+    'unhealthy': (['well'], sicken),
+    'one paused and one stopped at once': (
+        ['core', 'side'],
+        lambda p: (p.docker('pause', *p.ids('core')), p.docker('stop', *p.ids('side'))),
+    ),
+    'all stopped': (['core', 'far', 'pair', 'side', 'well', 'alone'], lambda p: p.compose('stop')),
+    'all removed': (
+        ['core', 'far', 'pair', 'side', 'well', 'once', 'alone'],
+        lambda p: p.compose('down', code=None),
+    ),  # may fail: it is fought
+}
+
+
+@needs_docker
+@pytest.mark.parametrize('fault', list(FAULTS))
+def test_fault_is_repaired_without_touching_the_neighbours(watched, fault):
+    assert eventually(watched.is_well)
+    concerned, act = FAULTS[fault]
+    before = watched.look()
+    act(watched)
+    assert eventually(lambda: watched.is_well() and (fault == 'paused' or watched.look() != before)), watched.look()
+    after = watched.look()
+    for ident, container in before.items():
+        if container[0] not in concerned or fault == 'paused':
+            assert after.get(ident) == container
+    kept = [ident for ident in watched.ids() if ident in before]
+    assert ('removed' in fault) == (len(kept) < len(before))
+
+
+@needs_docker
+def test_paused_stack_is_unpaused_and_started(project):
+    project.write(PAIR).compose('up', '-d')
+    before = project.look()
+    project.docker('pause', *project.ids())
+    with bc.docker_compose(project.settings()):
+        assert project.look() == before
+
+
+@needs_docker
+def test_container_that_was_created_but_never_started_is_started_by_check(project):
+    project.write(PAIR).compose('up', '-d', 'core')
+    project.compose('up', '--no-start', 'side')
+    before = project.look()
+    assert sorted(state for _, state, *_ in before.values()) == ['created', 'running']
+    dry = run_module('check', '--dry-run', *project.options())
+    assert (dry.returncode, project.look()) == (0, before)
+    assert dry.stdout == 'core: running: nothing to do\nside: created: would run `docker start {}`\n'.format(*project.ids('side'))
+    result = run_module('check', *project.options())
+    assert (result.returncode, result.stdout) == (0, '')
+    assert result.stderr.count('side: created -> started (') == 1
+    after = project.look()
+    assert sorted(after) == sorted(before) and [state for _, state, *_ in after.values()] == ['running', 'running']
+    assert after[project.ids('core')[0]] == before[project.ids('core')[0]]
+
+
+@needs_docker
+def test_check_of_a_stack_that_was_never_up_brings_it_up(project):
+    project.write(PAIR)
+    assert run_module('status', *project.options()).returncode == 1
+    assert run_module('check', *project.options()).returncode == 0
+    result = run_module('status', '--json', *project.options())
+    document = json.loads(result.stdout)
+    assert (result.returncode, document['ok'], document['project']) == (0, True, project.name)
+    assert [row['service'] for row in document['containers']] == ['core', 'side']
+    table = run_module('status', *project.options()).stdout.splitlines()
+    assert table[0].split() == ['SERVICE', 'CONTAINER', 'STATE', 'HEALTH', 'SINCE']
+    assert [row.split()[:3:2] for row in table[1:]] == [['core', 'running'], ['side', 'running']]
+
+
+@needs_docker
+def test_unhealthy_container_is_left_alone_if_told_so(project_2):
+    project = project_2.write(STACK)
+    with project.watchdog('--unhealthy', 'ignore'):
+        before = project.look()
+        sicken(project)
+        form = '{{.State.Health.Status}}'
+        assert eventually(lambda: project.docker('inspect', '--format', form, *project.ids('well')) == 'unhealthy\n')
+        project.docker('pause', *project.ids('core'))  # by its repair the watchdog shows that it has looked since
+        assert eventually(lambda: project.look() == before)
+
+
+@needs_docker
+def test_what_is_not_the_watchdogs_business_is_never_touched(project, tmp_path_factory):
+    other = Project(tmp_path_factory.mktemp('other'), project.compose_command).write(PAIR)
+    project.write(STACK)
+    try:
+        other.compose('up', '-d')
+        with project.watchdog():
+            project.compose('run', '-d', 'core', 'true')
+            project.compose('run', '-d', 'core', 'sleep', '10000')
+            one_offs = [
+                ident for ident, (service, *_) in project.look().items() if service == 'core' and ident != project.ids('core')[0]
+            ]
+            assert len(one_offs) == 2
+            project.docker('kill', *project.ids('alone'), *other.ids('core'))
+            project.docker('pause', *other.ids('side'), *one_offs[1:])
+            strangers = {**other.look(), **{ident: project.look()[ident] for ident in [*one_offs, *project.ids('alone')]}}
+            project.docker('kill', *project.ids('side'))
+            assert eventually(lambda: [state for service, state, *_ in project.look().values() if service == 'side'] == ['running'])
+            assert {**other.look(), **{ident: project.look()[ident] for ident in [*one_offs, *project.ids('alone')]}} == strangers
+            project.docker('unpause', *one_offs[1:])
+            project.docker('rm', '-f', *one_offs)
+        assert sorted(state for _, state, *_ in other.look().values()) == ['exited', 'paused']
+    finally:
+        other.remove()
+
+
+@needs_docker
+def test_crash_loop_is_told_and_spread_while_neighbours_are_repaired_as_promptly_as_ever(project_2):
+    project = project_2.write(PAIR + "  loop: {image: busybox, command: sh -c 'exit 7', restart: 'no'}\n")
+    with project.watchdog() as watchdog:
+        assert eventually(lambda: 'for the 4th time' in watchdog.log(), 30)
+        before = project.look()
+        project.docker('kill', *project.ids('side'))
+        assert eventually(lambda: 'side: exited (137) -> started' in watchdog.log(), 3)
+        assert project.look()[project.ids('core')[0]] == before[project.ids('core')[0]]
+        log = watchdog.log()
+    assert 'WARNING loop: crash loop, exited (7) for the 3rd time in ' in log and 'next try in 2 s' in log
+    assert log.count('loop: exited (7) -> started') <= 5
+
+
+@needs_docker
+def test_container_that_docker_restarts_is_left_to_docker(project_2):
+    project = project_2.write(PAIR + "  loop: {image: busybox, command: sh -c 'sleep 0.2; exit 7', restart: always}\n")
+    with project.watchdog() as watchdog:
+        assert eventually(lambda: int(project.look()[project.ids('loop')[0]][3]) >= 5)
+        assert 'loop:' not in watchdog.log()
+
+
+# -- on a real engine: people at work --------------------------------------------------------------------------------
+
+BY_HAND = {
+    'docker restart': lambda p: p.docker('restart', '-t', '1', *p.ids('core')),
+    'docker commit': lambda p: p.docker('rmi', p.docker('commit', *p.ids('side')).strip()),
+    'force-recreate': lambda p: p.compose('up', '-d', '--force-recreate', 'side'),
+    'scale up and down': lambda p: (p.compose('up', '-d', '--scale', 'pair=4'), p.compose('up', '-d', '--scale', 'pair=2')),
+    'compose restart': lambda p: p.compose('restart', '-t', '1', 'core'),
+}
+
+
+@pytest.fixture(scope='module', params=list(COMPOSE))
+def settled(request, engine, tmp_path_factory):
+    """A stack under the watchdog with the default settle and an interval that does not help."""
+    project = Project(tmp_path_factory.mktemp('stack'), COMPOSE[request.param]).write(STACK)
+    try:
+        with project.watchdog('--settle', '1', '--interval', '0.7') as watchdog:
+            yield project, watchdog
+    finally:
+        project.remove()
+
+
+@needs_docker
+@pytest.mark.parametrize('work', list(BY_HAND))
+def test_what_people_do_by_hand_succeeds_and_nothing_is_doubled_or_left_down(settled, work):
+    project, watchdog = settled
+    for _ in range(ROUNDS):
+        BY_HAND[work](project)  # asserts that the command ends with 0
+        assert eventually(project.is_well), (project.look(), watchdog.log())
