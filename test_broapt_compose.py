@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import random
+import select
 import shlex
 import shutil
 import signal
@@ -1184,6 +1185,10 @@ class Host:
     def log(self):
         return self.path.read_text()
 
+    def says(self, text, times=1, seconds=20.0):
+        """Return whether the text comes to stand in the log that many times."""
+        return eventually(lambda: self.log().count(text) >= times, seconds)
+
     def __enter__(self):
         return self
 
@@ -1243,7 +1248,7 @@ class Project:
     def watchdog(self, *options, start=(sys.executable, str(MODULE), 'run'), code=0):
         """Run the stack under the watchdog, in a process of its own; at the end see it exit as it should."""
         with Host([*start, *self.options(*options)], self.folder / 'log', env=self.environment) as host:
-            assert eventually(lambda: 'the stack is up' in host.log(), 60), host.log()
+            assert host.says('the stack is up', seconds=60), host.log()
             yield host
             host.process.terminate()
             assert host.process.wait(60) == code, host.log()
@@ -1452,10 +1457,10 @@ def test_what_is_not_the_watchdogs_business_is_never_touched(project, tmp_path_f
 def test_crash_loop_is_told_and_spread_while_neighbours_are_repaired_as_promptly_as_ever(project_2):
     project = project_2.write(PAIR + "  loop: {image: busybox, command: sh -c 'exit 7', restart: 'no'}\n")
     with project.watchdog() as watchdog:
-        assert eventually(lambda: 'for the 4th time' in watchdog.log(), 30)
+        assert watchdog.says('for the 4th time', seconds=30)
         before = project.look()
         project.docker('kill', *project.ids('side'))
-        assert eventually(lambda: 'side: exited (137) -> started' in watchdog.log(), 3)
+        assert watchdog.says('side: exited (137) -> started', seconds=3)
         assert project.look()[project.ids('core')[0]] == before[project.ids('core')[0]]
         log = watchdog.log()
     assert 'WARNING loop: crash loop, exited (7) for the 3rd time in ' in log and 'next try in 2 s' in log
@@ -1499,3 +1504,242 @@ def test_what_people_do_by_hand_succeeds_and_nothing_is_doubled_or_left_down(set
     for _ in range(ROUNDS):
         BY_HAND[work](project)  # asserts that the command ends with 0
         assert eventually(project.is_well), (project.look(), watchdog.log())
+
+
+# -- on a real engine: the end ---------------------------------------------------------------------------------------
+
+STORE = PAIR.replace('image', "volumes: [/anonymous, 'named:/named'], image", 1) + 'volumes: {named: {}}\n'
+
+
+def make_dangling_image(*labels):
+    """Return the id of an image without a name."""
+    changes = [part for label in labels for part in ('--change', 'LABEL ' + label)]
+    archive = subprocess.Popen(['tar', 'c', '--files-from', '/dev/null'], stdout=subprocess.PIPE)
+    made = subprocess.check_output(['docker', 'import', *changes, '-'], stdin=archive.stdout, universal_newlines=True)
+    archive.communicate()
+    return made.strip()
+
+
+def list_belongings(project):
+    """Return the ids or names of the project's containers, their volumes and its networks."""
+    volumes = project.docker('inspect', '--format', '{{range .Mounts}}{{.Name}} {{end}}', *project.ids()).split()
+    return {*project.ids(), *volumes, *project.docker('network', 'ls', '-q', '--no-trunc', project.filter).split()}
+
+
+def existing(names):
+    return {
+        name
+        for name in names
+        if not subprocess.call(['docker', 'inspect', name], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    }
+
+
+@needs_docker
+@pytest.mark.parametrize('prune', ['project', 'none'])
+def test_clean_up_deletes_what_belongs_to_the_project_and_nothing_else(project, tmp_path_factory, prune):
+    other = Project(tmp_path_factory.mktemp('other'), project.compose_command).write(STORE)
+    project.write(STORE)
+    label = 'com.docker.compose.project='
+    images = [make_dangling_image(label + project.name), make_dangling_image(label + other.name), make_dangling_image('a=b')]
+    names = [project.name + suffix for suffix in ('-container', '-volume', '-network')]
+    try:
+        other.compose('up', '-d')
+        other.compose('stop')
+        other.compose('run', '-d', 'core', 'true')
+        project.docker('run', '--name', names[0], '-v', names[1] + ':/data', 'busybox', 'true')
+        project.docker('network', 'create', names[2])
+        strangers = list_belongings(other) | {*names, *images[1:]}
+        with bc.docker_compose(project.settings(prune=prune)):
+            belongings = list_belongings(project) | {images[0]}
+            assert len(belongings) == 6  # two containers, two volumes, a network, an image
+        assert existing(strangers) == strangers
+        assert existing(belongings) == (belongings if prune == 'none' else {project.name + '_named'})
+    finally:
+        other.remove()
+        project.docker('rm', '-f', names[0], code=None)
+        project.docker('volume', 'rm', names[1], code=None)
+        project.docker('network', 'rm', names[2], code=None)
+        project.docker('rmi', '-f', *images, code=None)
+
+
+@needs_docker
+def test_image_that_a_rebuild_left_dangling_is_deleted_but_the_new_one_stays(project_2):
+    project = project_2.write('services:\n  core: {build: ., command: sleep 10000, stop_signal: SIGKILL}\n')
+    listing = ('images', '-q', '--no-trunc', project.filter.replace('--filter', '--filter', 1))
+    try:
+        for text in ('one', 'two'):
+            (project.folder / 'Dockerfile').write_text('FROM busybox\nLABEL text={}\n'.format(text))
+            project.compose('build')
+        assert len(set(project.docker(*listing).split())) == 2
+        with bc.docker_compose(project.settings()):
+            assert [state for _, state, *_ in project.look().values()] == ['running']
+        assert len(set(project.docker(*listing).split())) == 1
+    finally:
+        project.remove()
+        project.docker('rmi', '-f', *project.docker(*listing).split(), code=None)
+
+
+@needs_docker
+def test_grace_period_is_kept_although_the_timeout_is_shorter(project):
+    command = 'sh -c \'trap "sleep 5; echo in time > /out/end; exit" TERM; while :; do sleep 0.1; done\''
+    slow = 'services:\n  core: {{image: busybox, command: {}, stop_grace_period: 1m, volumes: [".:/out"]}}\n'
+    project.write(slow.format(json.dumps(command)))
+    with bc.docker_compose(project.settings(timeout=4)):
+        assert len(project.ids()) == 1
+    assert (project.folder / 'end').read_text() == 'in time\n'
+    assert project.ids() == []
+
+
+@needs_docker
+def test_start_that_fails_is_undone_and_the_stack_can_be_entered_again(project):
+    project.write(PAIR + '  bad: {image: busybox, command: /no/such/program}\n')
+    with pytest.raises(ComposeError, match='/no/such/program') as caught, bc.docker_compose(project.settings()):
+        raise AssertionError('the body must not run')
+    assert caught.value.returncode != 0 and len(str(caught.value).splitlines()) == 1
+    assert project.ids() == []
+    project.write(PAIR)
+    for _ in range(2):
+        with pytest.raises(KeyError, match='body'), bc.docker_compose(project.settings()) as flag:
+            assert flag is bc.UP_FLAG and flag.value
+            assert [state for _, state, *_ in project.look().values()] == ['running'] * 2
+            raise KeyError('body')
+        assert not flag.value and project.ids() == []
+        assert not [thread for thread in threading.enumerate() if thread.name == 'broapt-watchdog']
+
+
+@needs_docker
+def test_end_comes_at_once_although_a_repair_builds_for_hours(project):
+    project.write(PAIR)
+    with project.watchdog() as watchdog:
+        (project.folder / 'Dockerfile').write_text('FROM busybox\nRUN sleep 10000\n')
+        project.write(PAIR.replace('side: {image: busybox', 'side: {build: .'))
+        project.docker('rm', '-f', *project.ids('side'))
+        assert eventually(lambda: any(' up --detach' in command_line(pid) for pid in descendants(watchdog.process.pid)))
+
+
+@needs_docker
+@pytest.mark.parametrize('signum', [signal.SIGTERM, signal.SIGINT], ids=lambda signum: signum.name)
+def test_signal_at_any_moment_ends_in_a_complete_clean_up_and_exit_code_0(project_2, signum):
+    project, chance = project_2.write(PAIR), random.Random(int(signum))
+    for _ in range(ROUNDS):
+        with Host([sys.executable, str(MODULE), *project.options('--prune', 'project')], project.folder / 'log') as host:
+            threading.Event().wait(chance.uniform(0.3, 4))
+            for pause in (chance.uniform(0, 1), 0.1, 0):
+                with contextlib.suppress(ProcessLookupError):
+                    host.process.send_signal(signum)
+                threading.Event().wait(pause)
+            assert host.process.wait(60) == 0, host.log()
+            assert project.ids() == [] and 'Traceback' not in host.log()
+            assert project.docker('network', 'ls', '-q', project.filter) == ''
+
+
+@needs_docker
+@pytest.mark.parametrize('watcher', ['thread', 'process'])
+def test_ctrl_c_in_a_terminal_ends_all_in_order(project, watcher):
+    import pty
+
+    project.write(PAIR)
+    pid, terminal = pty.fork()
+    if not pid:
+        os.execv(sys.executable, [sys.executable, str(MODULE), *project.options('--watcher', watcher)])
+    shown = bytearray()
+
+    def read_until(text):
+        with contextlib.suppress(OSError):  # how a terminal ends
+            while text not in shown and select.select([terminal], [], [], 60)[0]:
+                shown.extend(os.read(terminal, 1 << 16))
+        return text in shown
+
+    try:
+        assert read_until(b'the stack is up'), shown.decode()
+        project.docker('kill', *project.ids('core'))
+        assert read_until(b'core: exited (137) -> started'), shown.decode()
+        os.write(terminal, b'\x03\x03')  # to the whole foreground group
+        assert not read_until(b'Traceback')
+        assert eventually(lambda: gone(pid)), shown.decode()
+        assert project.ids() == []
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        code = os.waitpid(pid, 0)[1]
+        os.close(terminal)
+    assert code == 0, shown.decode()
+
+
+# -- on a real engine: deaths ----------------------------------------------------------------------------------------
+
+
+def command_line(pid):
+    try:
+        with open('/proc/{}/cmdline'.format(pid), 'rb') as file:
+            return file.read().replace(b'\0', b' ').decode()
+    except OSError:
+        return ''
+
+
+def find_streams(host):
+    """Return the ids of the `docker events` that run for the host."""
+    return [pid for pid in descendants(host.process.pid) if 'docker events' in command_line(pid)]
+
+
+@needs_docker
+def test_watcher_process_that_is_killed_comes_back_with_a_warning(project_2):
+    project = project_2.write(PAIR)
+    with project.watchdog('--watcher', 'process', '--interval', '3600') as watchdog:
+        for lines in (1, 2):
+            assert eventually(lambda: find_streams(watchdog))
+            watcher = next(pid for pid in descendants(watchdog.process.pid) if find_streams(watchdog)[0] in descendants(pid))
+            os.kill(watcher, signal.SIGKILL)
+            project.docker('kill', *project.ids('core'))
+            assert watchdog.says('WARNING the watcher process has died (exit code -9); starting it again', lines, 3)
+            assert watchdog.says('core: exited (137) -> started', lines)
+
+
+@needs_docker
+@pytest.mark.parametrize('watcher', ['thread', 'process'])
+def test_host_that_is_killed_leaves_no_watcher_and_the_containers_as_they_are(project_2, watcher):
+    project = project_2.write(PAIR)
+    command = [sys.executable, str(MODULE), *project.options('--watcher', watcher)]
+    with Host(command, project.folder / 'log') as host:
+        assert eventually(lambda: find_streams(host))
+        before, pids, streams = project.look(), descendants(host.process.pid), find_streams(host)
+        host.process.kill()
+        host.process.wait()
+        assert eventually(lambda: all(gone(pid) for pid in set(pids) - set(streams)), 2.5)
+        assert project.look() == before
+        assert eventually(lambda: all(gone(pid) for pid in streams), 60)
+        assert project.look() == before
+    with project.watchdog():  # a new one takes over
+        assert project.look() == before
+
+
+# -- on a real engine: names and secrets -----------------------------------------------------------------------------
+
+
+@needs_docker
+def test_odd_names_of_folders_files_and_services_are_only_names(project, monkeypatch):
+    folder = project.folder / """-f "it's" $(touch x); `x` & ü\n*"""
+    folder.mkdir()
+    project.folder, project.file = folder, folder / '-x é.yml'
+    project.write(PAIR.replace('core', 'Co.re_-1').replace('side', '0-_'))
+    monkeypatch.chdir(str(folder))
+    with bc.docker_compose(project.settings()):
+        project.docker('kill', *project.ids())
+        assert eventually(lambda: [state for _, state, *_ in project.look().values()] == ['running'] * 2)
+        project.docker('rm', '-f', *project.ids('0-_'))
+        assert eventually(lambda: [state for _, state, *_ in project.look().values()] == ['running'] * 2)
+    assert sorted(os.listdir(str(folder))) == ['-x é.yml']
+
+
+@needs_docker
+def test_secrets_appear_nowhere(project):
+    text = PAIR + "  loop: {image: busybox, command: sh -c 'exit 7', environment: {TOKEN: canary-2, OTHER: '${CANARY}'}}\n"
+    project.write(text)
+    project.environment = dict(os.environ, CANARY='canary-1', DOCKER_PASSWORD='canary-3')
+    with project.watchdog('--verbose') as watchdog:
+        assert watchdog.says('crash loop')
+        project.write('services: {core: {image: busybox, environment: {TOKEN: canary-4}, command: [}}')
+        project.docker('rm', '-f', *project.ids('side'))
+        assert watchdog.says('ERROR side: missing, not created')
+        project.write(text)
+        assert 'canary' not in watchdog.log()
+    assert 'canary' not in watchdog.log()
