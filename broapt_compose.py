@@ -362,7 +362,11 @@ def _spawn(command: Sequence[str], errors: int = subprocess.PIPE) -> 'subprocess
             environment['LD_LIBRARY_PATH'] = environment['LD_LIBRARY_PATH_ORIG']
     logger.debug('running %s', _quote(command))
     streams: Dict[str, Any] = {'stdin': subprocess.DEVNULL, 'stdout': subprocess.PIPE, 'stderr': errors}
-    return subprocess.Popen(command, env=environment, start_new_session=True, **streams)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # for the moment before it has its session
+    try:
+        return subprocess.Popen(command, env=environment, start_new_session=True, **streams)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def _kill(process: 'subprocess.Popen[bytes]') -> None:
@@ -1240,7 +1244,8 @@ def _run_until_signal(settings: Settings) -> int:
     try:
         with _supervise(settings, _notify):
             logger.info('the stack is up and watched; %s or Ctrl+C stops it', signal.Signals(settings.kill_signal).name)
-            threading.Event().wait()
+            while True:  # not one endless wait: a signal that the kernel gives to another thread would not end it
+                threading.Event().wait(1.0)
     except KeyboardInterrupt:
         pass
     finally:

@@ -986,6 +986,23 @@ def test_in_a_request_the_shutdown_of_an_old_werkzeug_is_used():
     assert (response.status_code, calls) == (200, ['shutdown'])
 
 
+def test_signal_that_the_kernel_gives_to_another_thread_ends_the_run_too(docker):
+    play_stack(docker, [SIDE], 'services: {side: {image: busybox}}')
+    code = """if True:
+        import logging, signal, sys, threading, broapt_compose
+        def strike():
+            signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+        class Handler(logging.Handler):
+            def emit(self, record):
+                if 'is up' in record.getMessage():
+                    threading.Timer(0.5, strike).start()
+        broapt_compose.logger.addHandler(Handler())
+        sys.exit(broapt_compose.main([]))
+    """
+    environment = dict(os.environ, PYTHONPATH=str(HERE))
+    assert subprocess.call([sys.executable, '-c', code], env=environment, timeout=30) == 0
+
+
 # -- docker_compose and its parts, with a scripted docker ------------------------------------------------------------
 
 
