@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -1727,6 +1728,95 @@ def test_host_that_is_killed_leaves_no_watcher_and_the_containers_as_they_are(pr
         assert project.look() == before
     with project.watchdog():  # a new one takes over
         assert project.look() == before
+
+
+# -- on a real engine: outages, and other engines --------------------------------------------------------------------
+
+
+class Engine:
+    """A second Docker engine, which a test may stop, kill and reach by other ways; it leaves the first one alone."""
+
+    def __init__(self, options=(), scheme='unix'):
+        self.folder = pathlib.Path(tempfile.mkdtemp(prefix='bt'))  # a socket's path has to be short
+        self.bridge = self.folder.name[:15]
+        self.options = [
+            '--bridge=' + self.bridge,
+            '--iptables=false',
+            '--default-address-pool=base=10.233.128.0/17,size=24',
+            *options,
+        ]
+        for option in ('data-root', 'exec-root', 'pidfile'):
+            self.options += ['--{}={}'.format(option, self.folder / option)]
+        socket_path = 'unix://{}'.format(self.folder / 'socket')
+        self.environment = dict(os.environ, DOCKER_HOST=socket_path)
+        self.options += ['--host=' + socket_path]
+        self.process = None
+
+    def start(self):
+        with (self.folder / 'log').open('a') as log:
+            self.process = subprocess.Popen(['dockerd', *self.options], stdout=log, stderr=log, start_new_session=True)
+        answers = ['docker', 'info']
+        quiet = {'env': self.environment, 'stdout': subprocess.DEVNULL, 'stderr': subprocess.DEVNULL}
+        assert eventually(lambda: subprocess.call(answers, **quiet) == 0, 60), (self.folder / 'log').read_text()[-2000:]
+
+    def end(self, signum):
+        self.process.send_signal(signum)
+        self.process.wait(60)
+
+    def __enter__(self):
+        try:
+            call('ip', 'link', 'add', self.bridge, 'type', 'bridge')
+            call('ip', 'address', 'add', '10.233.0.1/24', 'dev', self.bridge)
+            call('ip', 'link', 'set', self.bridge, 'up')
+            self.start()
+            saved = self.folder / 'busybox.tar'
+            call('docker', 'save', '--output', str(saved), 'busybox')
+            call('docker', 'load', '--input', str(saved), env=self.environment)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_):
+        if self.process is not None:
+            if self.process.poll() is not None:
+                self.start()
+            ids = call('docker', 'ps', '-aq', env=self.environment).split()
+            call('docker', 'rm', '-fv', *ids, code=None, env=self.environment)
+            self.end(signal.SIGTERM)
+            containerd = self.folder / 'exec-root' / 'containerd' / 'containerd.pid'
+            if containerd.exists():  # of a dockerd that was killed
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(containerd.read_text()), signal.SIGKILL)
+        call('ip', 'link', 'delete', self.bridge, code=None)
+        with open('/proc/mounts') as file:
+            for mount in sorted((line.split()[1] for line in file if str(self.folder) in line), reverse=True):
+                call('umount', '--lazy', mount, code=None)
+        shutil.rmtree(str(self.folder), ignore_errors=True)
+
+
+@needs_docker
+@pytest.mark.parametrize('signum', [signal.SIGTERM, signal.SIGKILL], ids=lambda signum: signum.name)
+@pytest.mark.parametrize('options', [(), ('--live-restore',)], ids=['', 'live-restore'])
+def test_outage_of_the_engine_is_told_once_and_all_runs_soon_after_its_end(engine, tmp_path, signum, options):
+    with Engine(options) as second:
+        project = Project(tmp_path, COMPOSE['Compose 2'], second.environment).write(STACK)
+        with project.watchdog('--interval', '1') as watchdog:
+            assert eventually(lambda: find_streams(watchdog))
+            before = watchdog.log()
+            second.end(signum)
+            assert watchdog.says('WARNING Docker does not answer; trying again every 1 s: docker ')
+            looks = threading.Event()
+            assert not looks.wait(3)  # it tries some times more, in silence
+            second.start()
+            assert watchdog.says('INFO Docker answers again, after ')
+            assert eventually(project.is_well), (project.look(), watchdog.log())
+            assert eventually(lambda: find_streams(watchdog))
+            project.docker('pause', *project.ids('core'))
+            assert watchdog.says('core: paused -> unpaused')
+            told = watchdog.log()[len(before) :]
+        assert (told.count('WARNING'), told.count('answers again')) == (1, 1)
+        assert len(told.splitlines()) < 20 and 'Traceback' not in told
 
 
 # -- on a real engine: names and secrets -----------------------------------------------------------------------------
