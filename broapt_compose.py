@@ -845,6 +845,8 @@ class _Watch:
         """Keep a stream open. Each begins where the last one ended, so that no event falls in between."""
         if self.events is None and self.stack.project and now >= self.reopening:
             self.events_opened, self.reopening = now, now + min(self.settings.interval, _STREAM_LIFE / 2)
+            if not self.events_until:
+                self.woken = now  # what happened just before counts as an event
             with contextlib.suppress(OSError):  # no process to be had just now: the interval will do
                 self.events, self.events_until = self.stack.open_events(self.events_until)
                 self.selector.register(self.events.stdout, selectors.EVENT_READ)  # type: ignore[arg-type]

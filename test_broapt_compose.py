@@ -3,6 +3,9 @@
 """Tests of the Docker watchdog: first what needs no engine, with a scripted `docker` on PATH; last, on a real engine."""
 
 import contextlib
+import datetime
+import http.client
+import importlib.util
 import json
 import os
 import pathlib
@@ -11,13 +14,16 @@ import select
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import textwrap
 import threading
 import time
+import urllib.request
 import warnings
+import zipfile
 
 import pytest
 
@@ -843,6 +849,13 @@ def test_event_stream_is_bounded_by_the_engines_clock_and_the_next_one_begins_wh
         assert sum(call[0] == 'info' for call in docker.calls()) == 1
 
 
+def test_opened_event_stream_makes_it_look_again_soon_for_what_happened_just_before(docker):
+    play_stack(docker, [SIDE])
+    with watch(services={'side': Service()}) as supervisor:
+        supervisor.cycle()
+        assert supervisor.cycle() < 1
+
+
 def test_lost_event_stream_is_reopened_but_not_in_a_hurry(docker):
     clock = Clock()
     play_stack(docker, [SIDE, line('core', 'running', 'Up 1 second')], PLAIN, events={})
@@ -1163,7 +1176,7 @@ def test_module_documents_itself():
 # -- on a real engine: what is used by all of these tests ------------------------------------------------------------
 
 COMPOSE = {'Compose 1.29': ('docker-compose',), 'Compose 2': ('docker', 'compose')}
-ROUNDS = int(os.environ.get('BROAPT_TEST_ROUNDS', '4'))  # of each thing that people do by hand
+ROUNDS = int(os.environ.get('BROAPT_TEST_ROUNDS', '3'))  # of each thing that people do by hand
 needs_docker = pytest.mark.docker
 
 STACK = """\
@@ -1197,8 +1210,9 @@ class Host:
 
     def __init__(self, command, log, **kwargs):
         self.path = log
+        kwargs.setdefault('stdin', subprocess.DEVNULL)
         with log.open('w') as file:
-            self.process = subprocess.Popen(command, stdout=file, stderr=file, stdin=subprocess.DEVNULL, **kwargs)
+            self.process = subprocess.Popen(command, stdout=file, stderr=file, **kwargs)
 
     def log(self):
         return self.path.read_text()
@@ -1724,8 +1738,9 @@ def test_host_that_is_killed_leaves_no_watcher_and_the_containers_as_they_are(pr
         host.process.wait()
         assert eventually(lambda: all(gone(pid) for pid in set(pids) - set(streams)), 2.5)
         assert project.look() == before
-        assert eventually(lambda: all(gone(pid) for pid in streams), 60)
-        assert project.look() == before
+        left = [command_line(pid).split() for pid in streams if not gone(pid)]
+        limit = (datetime.datetime.utcnow() + datetime.timedelta(seconds=60)).isoformat()
+        assert all(words[words.index('--until') + 1] < limit for words in left)  # where Docker itself ends it
     with project.watchdog():  # a new one takes over
         assert project.look() == before
 
@@ -1817,6 +1832,302 @@ def test_outage_of_the_engine_is_told_once_and_all_runs_soon_after_its_end(engin
             told = watchdog.log()[len(before) :]
         assert (told.count('WARNING'), told.count('answers again')) == (1, 1)
         assert len(told.splitlines()) < 20 and 'Traceback' not in told
+
+
+def free_port():
+    with contextlib.closing(socket.socket()) as sock:
+        sock.bind(('127.0.0.1', 0))
+        return sock.getsockname()[1]
+
+
+def see_a_repair(project):
+    """See the watchdog start what was killed, and exit in order."""
+    with project.write(PAIR).watchdog() as watchdog:
+        project.docker('kill', *project.ids('core'))
+        assert watchdog.says('core: exited (137) -> started'), watchdog.log()
+
+
+@needs_docker
+def test_engine_behind_a_tcp_port_or_a_context_is_watched_like_any_other(engine, tmp_path):
+    host = 'tcp://127.0.0.1:{}'.format(free_port())
+    with Engine(['--host=' + host, '--tls=false']) as second:
+        see_a_repair(Project(tmp_path, COMPOSE['Compose 1.29'], dict(os.environ, DOCKER_HOST=host)))
+        environment = dict(os.environ, DOCKER_CONFIG=str(tmp_path / 'config'))
+        call('docker', 'context', 'create', 'second', '--docker', 'host=' + second.environment['DOCKER_HOST'], env=environment)
+        environment['DOCKER_CONTEXT'] = 'second'
+        see_a_repair(Project(tmp_path, COMPOSE['Compose 2'], environment))
+
+
+def make_certificates(folder):
+    """Make what both sides of a TLS connection need, under the names that `docker` looks for."""
+    (folder / 'san').write_text('subjectAltName=IP:127.0.0.1\nextendedKeyUsage=serverAuth,clientAuth\n')
+    new = ['openssl', 'req', '-newkey', 'rsa:2048', '-nodes', '-subj']
+    call(*new, '/CN=ca', '-x509', '-keyout', 'ca-key.pem', '-out', 'ca.pem', cwd=str(folder))
+    call(*new, '/CN=both', '-keyout', 'key.pem', '-out', 'request', cwd=str(folder))
+    sign = ['openssl', 'x509', '-req', '-in', 'request', '-CA', 'ca.pem', '-CAkey', 'ca-key.pem', '-CAcreateserial']
+    call(*sign, '-extfile', 'san', '-out', 'cert.pem', cwd=str(folder))
+
+
+@needs_docker
+def test_engine_that_wants_client_certificates_is_watched_like_any_other(engine, tmp_path):
+    make_certificates(tmp_path)
+    port = free_port()
+    files = [
+        '--tls{}={}'.format(kind, tmp_path / name)
+        for kind, name in (('cacert', 'ca.pem'), ('cert', 'cert.pem'), ('key', 'key.pem'))
+    ]
+    with Engine(['--tlsverify', *files, '--host=tcp://127.0.0.1:{}'.format(port)]):
+        environment = dict(os.environ, DOCKER_HOST='tcp://127.0.0.1:{}'.format(port))
+        for name in ('REQUESTS_CA_BUNDLE', 'CURL_CA_BUNDLE'):  # they come before DOCKER_CERT_PATH for Compose 1.29
+            environment.pop(name, None)
+        assert b'client' in subprocess.run(['docker', 'ps'], env=environment, stderr=subprocess.PIPE).stderr.lower()
+        environment.update(DOCKER_TLS_VERIFY='1', DOCKER_CERT_PATH=str(tmp_path))
+        for compose in COMPOSE.values():
+            see_a_repair(Project(tmp_path, compose, environment))
+
+
+# -- on a real engine: hosts, service manager, packages --------------------------------------------------------------
+
+HOST = """
+import threading
+import flask
+from compose import UP_FLAG, docker_compose, flask_exit, register
+
+app = flask.Flask('broaptd')
+
+@app.route('/up')
+def up():
+    return str(UP_FLAG.value)
+
+@app.route('/exit')
+def exit():
+    flask_exit()
+    return 'going'
+
+if __name__ == '__main__':
+    register()
+    with docker_compose():
+        app.run(host='127.0.0.1', port={port})
+    print('after', threading.active_count(), flush=True)
+"""
+
+
+def list_flask_pythons():
+    """The interpreters with Flask: this one, and Python 3.6 with the Flask of its time."""
+    old = os.environ.get('BROAPT_TEST_PYTHON36')
+    reason = 'BROAPT_TEST_PYTHON36 names no Python 3.6 with Flask'
+    missing = pytest.mark.skipif(importlib.util.find_spec('flask') is None, reason='Flask is not installed')
+    return [
+        pytest.param(sys.executable, id='this', marks=missing),
+        pytest.param(old, id='3.6', marks=pytest.mark.skipif(not old, reason=reason)),
+    ]
+
+
+@contextlib.contextmanager
+def run_broapt(project, python, **const):
+    """Run a Flask server as BroAPT does, with a copy of the module beside its const; it has to end with 0 and leave nothing."""
+    shutil.copy(str(MODULE), str(project.folder / 'compose.py'))
+    values = {'DOCKER_COMPOSE': str(project.file), 'INTERVAL': 5, 'KILL_SIGNAL': 15}
+    (project.folder / 'const.py').write_text(''.join('{} = {!r}\n'.format(*item) for item in values.items()))
+    port = free_port()
+    (project.folder / 'broaptd.py').write_text(HOST.format(port=port))
+    environment = dict(os.environ, COMPOSE_PROJECT_NAME=project.name, BROAPT_SETTLE='0')
+    environment.update(const, BROAPT_COMPOSE_COMMAND=' '.join(project.compose_command))
+    address = 'http://127.0.0.1:{}/'.format(port)
+    with Host([python, 'broaptd.py'], project.folder / 'log', cwd=str(project.folder), env=environment) as host:
+        assert host.says('Running on', seconds=60), host.log()
+        assert urllib.request.urlopen(address + 'up').read() == b'True'
+        pids = [*descendants(host.process.pid), host.process.pid]
+        yield host, address
+        assert host.process.wait(60) == 0, host.log()
+        assert host.log().endswith('after 1\n') and 'Traceback' not in host.log(), host.log()
+        assert project.ids() == []
+        assert eventually(lambda: all(gone(pid) for pid in pids))
+
+
+@needs_docker
+@pytest.mark.parametrize('watcher', ['thread', 'process'])
+@pytest.mark.parametrize('python', list_flask_pythons())
+def test_flask_server_of_broapt_ends_in_order_in_the_middle_of_a_repair(project, python, watcher):
+    with run_broapt(project.write(PAIR), python, BROAPT_WATCHER=watcher) as (host, _):
+        project.docker('kill', *project.ids('core'))
+        assert eventually(lambda: [state for _, state, *_ in project.look().values()] == ['running'] * 2)
+        project.docker('rm', '-f', *project.ids('side'))
+        assert eventually(lambda: any(' up --detach' in command_line(pid) for pid in descendants(host.process.pid)))
+        host.process.terminate()
+
+
+@needs_docker
+@pytest.mark.parametrize('python', list_flask_pythons())
+def test_flask_view_may_end_the_server(project_2, python):
+    with run_broapt(project_2.write(PAIR), python) as (_, address):
+        with contextlib.suppress(OSError, http.client.HTTPException):  # the newer servers end before the answer does
+            urllib.request.urlopen(address + 'exit').read()
+
+
+METHOD = """
+import multiprocessing, os, sys, threading
+import broapt_compose as bc
+
+if __name__ == '__main__':
+    multiprocessing.set_start_method(sys.argv[1])
+    settings = bc.Settings.load(docker_compose=sys.argv[2], interval=3600, settle=0, watcher='process',
+                                compose_command=sys.argv[3])
+    with bc.docker_compose(settings) as flag:
+        print('up', flush=True)
+        os.read(0, 1)
+        threading.Thread(target=lambda: setattr(flag, 'value', False)).start()
+        while threading.active_count() > 1:
+            pass
+        print('watcher gone', multiprocessing.active_children(), flush=True)
+"""
+
+
+@needs_docker
+@pytest.mark.parametrize('method', ['fork', 'spawn', 'forkserver'])
+def test_watcher_process_is_started_by_any_method_and_ended_by_the_flag(project_2, method):
+    project = project_2.write(PAIR)
+    (project.folder / 'host.py').write_text(METHOD)
+    command = ' '.join([*project.compose_command, '-p', project.name])
+    arguments = [sys.executable, str(project.folder / 'host.py'), method, str(project.file), command]
+    environment = dict(os.environ, PYTHONPATH=str(HERE))
+    with Host(arguments, project.folder / 'log', env=environment, stdin=subprocess.PIPE) as host:
+        assert host.says('up\n', seconds=60), host.log()
+        project.docker('kill', *project.ids('core'))
+        assert eventually(lambda: [state for _, state, *_ in project.look().values()] == ['running'] * 2)
+        host.process.communicate(b'\n', 60)
+        assert host.process.returncode == 0 and host.log().endswith('watcher gone []\n'), host.log()
+        assert project.ids() == []
+
+
+@contextlib.contextmanager
+def service_manager(address):
+    """Listen as systemd does; give a function that collects messages until one has come that contains a text."""
+    with contextlib.closing(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)) as sock:
+        sock.bind(address.replace('@', '\0', 1))
+        messages = []
+
+        def read_until(text, seconds=30):
+            sock.settimeout(seconds)
+            messages.clear()
+            while text not in '\n'.join(messages):
+                messages.append(sock.recv(1 << 16).decode())
+            return messages
+
+        yield read_until
+
+
+@needs_docker
+@pytest.mark.parametrize('watcher', ['thread', 'process'])
+@pytest.mark.parametrize('address', ['{}/notify', '@{}/notify'], ids=['path', 'abstract'])
+def test_service_manager_is_told_what_goes_on_and_is_fed_by_completed_checks_only(project_2, watcher, address):
+    project, folder = project_2.write(PAIR), tempfile.mkdtemp(prefix='bt')
+    address = address.format(folder)
+    docker = project.folder / 'docker'  # stands before the real one, and fails while there is a file `broken`
+    docker.write_text('#!/bin/sh\ntest ! -e {}/broken && exec {} "$@"\n'.format(folder, shutil.which('docker')))
+    docker.chmod(0o755)
+    path = '{}:{}'.format(project.folder, os.environ['PATH'])
+    project.environment = dict(os.environ, NOTIFY_SOCKET=address, WATCHDOG_USEC='1000000', PATH=path)
+    try:
+        with service_manager(address) as read_until:
+            with project.watchdog('--watcher', watcher, '--interval', '3600') as watchdog:
+                assert 'READY=1' in read_until('2 of 2 running')
+                assert set(read_until('running')) == {'STATUS=2 of 2 running\nWATCHDOG=1'}  # twice a WATCHDOG_USEC
+                project.docker('pause', *project.ids('side'))
+                assert 'STATUS=side: paused\nWATCHDOG=1' in read_until('paused')
+                read_until('2 of 2 running')
+                broken = pathlib.Path(folder, 'broken')
+                broken.touch()
+                assert watchdog.says('WARNING Docker does not answer')
+                with pytest.raises(socket.timeout):
+                    while True:
+                        read_until('2 of 2 running', seconds=4)
+                broken.unlink()
+                read_until('2 of 2 running')
+            assert 'STOPPING=1' in read_until('STOPPING=1')
+    finally:
+        shutil.rmtree(folder)
+
+
+def need(*modules):
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            pytest.skip('{} is not installed'.format(module))
+
+
+@pytest.fixture(scope='module')
+def wheel(tmp_path_factory):
+    """Build both packages, the wheel from the sdist as an installer does; give the wheel."""
+    need('build', 'flit_core')
+    folder = tmp_path_factory.mktemp('packages')
+    for name in ('broapt_compose.py', 'test_broapt_compose.py', 'pyproject.toml', 'README.md', 'LICENSE'):
+        shutil.copy(str(HERE / name), str(folder))
+    call(sys.executable, '-m', 'build', '--no-isolation', cwd=str(folder))
+    return next((folder / 'dist').glob('*.whl'))
+
+
+def test_wheel_holds_the_module_and_tells_all_about_it(wheel):
+    with zipfile.ZipFile(str(wheel)) as archive:
+        files = {name.rpartition('/')[2]: archive.read(name) for name in archive.namelist()}
+    assert sorted(files) == ['LICENSE', 'METADATA', 'RECORD', 'WHEEL', 'broapt_compose.py', 'entry_points.txt']
+    assert files['broapt_compose.py'] == MODULE.read_bytes()
+    metadata = files['METADATA'].decode()
+    for line in (
+        'Name: broapt_compose',
+        'Version: ' + bc.__version__,
+        'Requires-Python: >=3.6.1',
+        'License-Expression: BSD-3-Clause',
+    ):
+        assert line + '\n' in metadata
+    required = [line for line in metadata.splitlines() if line.startswith('Requires-Dist')]
+    assert all(line.endswith('extra == "test"') for line in required)
+
+
+@needs_docker
+def test_installed_command_repairs_a_stack_on_the_oldest_and_this_python(wheel, project_2):
+    project = project_2.write(PAIR)
+    project.compose('up', '-d')
+    for python in filter(None, [os.environ.get('BROAPT_TEST_PYTHON36'), sys.executable]):
+        venv = project.folder / 'venv'
+        call(python, '-m', 'venv', '--clear', str(venv))
+        call(str(venv / 'bin' / 'python'), '-m', 'pip', 'install', '--no-index', '--no-deps', str(wheel))
+        command = str(venv / 'bin' / 'broapt-compose')
+        assert call(command, '--version', cwd='/') == 'broapt_compose {}\n'.format(bc.__version__)
+        project.docker('kill', *project.ids('core'))
+        call(command, 'check', *project.options(), cwd='/')
+        assert [state for _, state, *_ in project.look().values()] == ['running'] * 2
+        call(command, 'status', *project.options(), cwd='/')
+
+
+FROZEN = """
+import multiprocessing, sys
+import broapt_compose
+
+if __name__ == '__main__':
+    multiprocessing.freeze_support()
+    sys.exit(broapt_compose.main())
+"""
+
+
+@pytest.fixture(scope='module')
+def frozen(tmp_path_factory):
+    """Freeze a host into one file, as BroAPT is."""
+    need('PyInstaller')
+    folder = tmp_path_factory.mktemp('frozen')
+    (folder / 'host.py').write_text(FROZEN)
+    call(sys.executable, '-m', 'PyInstaller', '-F', '--paths', str(HERE), 'host.py', cwd=str(folder))
+    return folder / 'dist' / 'host'
+
+
+@needs_docker
+@pytest.mark.parametrize('watcher', ['thread', 'process'])
+def test_frozen_host_repairs_and_ends_in_order(frozen, project, watcher):
+    with project.write(PAIR).watchdog('--watcher', watcher, start=(str(frozen), 'run')) as host:
+        project.docker('kill', *project.ids('core'))
+        assert host.says('core: exited (137) -> started'), host.log()
+        pids = descendants(host.process.pid)
+        assert len(pids) >= (3 if watcher == 'process' else 2)  # the program in the program, the watcher, the event stream
+    assert all(gone(pid) for pid in pids) and 'Traceback' not in host.log()
 
 
 # -- on a real engine: names and secrets -----------------------------------------------------------------------------
