@@ -93,7 +93,7 @@ class ComposeError(Exception):
         super().__init__(command, returncode, stderr, reason, stdout)
         self.command, self.returncode, self.stderr, self.stdout = list(command), returncode, stderr, stdout
         lines = [line.strip() for line in stderr.splitlines() if line.strip()]
-        self.reason = reason or '; '.join([line for line in lines if 'error' in line.lower()][-2:] or lines[-1:])
+        self.reason = (reason or '; '.join([line for line in lines if 'error' in line.lower()][-2:] or lines[-1:]))[:500]
 
     def __str__(self) -> str:
         code = '' if self.returncode is None else 'exit code {}: '.format(self.returncode)
@@ -273,7 +273,7 @@ class Container(NamedTuple):
     since: str  # how long it is in this state, in Docker's words, such as '5 minutes'
     watched: bool  # False if labelled broapt.watch=false
     config_hash: str  # changes with the service's definition
-    network_owner: str  # id of the container whose network it uses; '' if it has its own
+    network_owner: str  # id of the container whose network it uses; '' if it has its own, '?' if that is not known yet
 
     @property
     def label(self) -> str:
@@ -471,31 +471,40 @@ class _Stack:
             containers = _parse_containers(text)
         except (ValueError, TypeError, AttributeError) as error:
             raise ComposeError(('docker', 'ps'), None, '', 'its answer is not understood: {}'.format(error)) from None
-        return self._find_network_owners(containers)
+        return self._add_details(containers)
 
-    def _find_network_owners(self, containers: List[Container]) -> List[Container]:
-        """Fill in whose network a container uses; asked once for each container, since it never changes."""
-        ids = [c.id for c in containers if c.network_owner]
-        self.network_owners = {ident: owner for ident, owner in self.network_owners.items() if ident in ids}
-        new = [ident for ident in ids if ident not in self.network_owners]
-        if new:
-            with contextlib.suppress(ComposeError):  # one of them may be gone by now: the next look tells
-                for line in self.docker('inspect', '--format', '{{.Id}} {{.HostConfig.NetworkMode}}', *new).splitlines():
-                    ident, _, mode = line.partition(' ')
-                    self.network_owners[ident] = mode[len('container:') :] if mode.startswith('container:') else ''
-        return [c._replace(network_owner=self.network_owners.get(c.id, '')) for c in containers]
+    def _add_details(self, containers: List[Container]) -> List[Container]:
+        """Fill in what `docker ps` does not tell: in whose network a container is, and whether *unhealthy* is meant so.
+
+        The former never changes, so it is asked once. And Docker calls a container unhealthy, with no failure at all, from
+        a pause until the next probe.
+        """
+        known = self.network_owners
+        asked = [c.id for c in containers if c.network_owner and c.id not in known or c.health == 'unhealthy']
+        well = set()
+        for line in self.inspect('{{.Id}} {{.HostConfig.NetworkMode}} {{with .State.Health}}{{.FailingStreak}}{{end}}', asked):
+            ident, mode, streak = (line + '  ').split(' ')[:3]
+            known[ident] = mode[len('container:') :] if mode.startswith('container:') else ''
+            well |= {ident} if streak == '0' else set()
+        self.network_owners = {c.id: known[c.id] for c in containers if c.id in known}
+        containers = [c._replace(network_owner=known.get(c.id, c.network_owner)) for c in containers]
+        return [c._replace(health='starting') if c.id in well else c for c in containers]
+
+    def inspect(self, template: str, ids: Sequence[str]) -> List[str]:
+        """Return a line for each of these containers that is still there."""
+        try:
+            return self.docker('inspect', '--format', template, *ids).splitlines() if ids else []
+        except ComposeError as error:
+            return error.stdout.splitlines()
 
     def services(self) -> Dict[str, Service]:
         """Return the services that the Compose files declare now."""
         return _parse_services(self.compose('config'))
 
-    def longest_grace(self, ids: Iterable[str]) -> float:
+    def longest_grace(self, ids: Sequence[str]) -> float:
         """Return the longest stop timeout of these containers, in seconds."""
-        try:
-            text = self.docker('inspect', '--format', '{{json .Config.StopTimeout}}', *ids)
-        except ComposeError as error:
-            text = error.stdout  # of those that are still there
-        return max([float(word) for word in text.split() if word.isdigit()] + [_DEFAULT_GRACE])
+        answer = self.inspect('{{json .Config.StopTimeout}}', ids)
+        return max([float(word) for word in answer if word.isdigit()] + [_DEFAULT_GRACE])
 
     def open_events(self, since: str) -> Tuple['subprocess.Popen[bytes]', str]:
         """Start `docker events` for what can begin a fault; return it, and the engine's time at which it will end.
@@ -530,7 +539,7 @@ class _Stack:
     def stop(self) -> None:
         """Stop the stack gracefully, kill what outlasts its time, and clean up in any case."""
         try:
-            grace = self.longest_grace(c.id for c in self.unpause())
+            grace = self.longest_grace([c.id for c in self.unpause()])
             self.compose('stop', limit=self.settings.timeout + grace)
         except ComposeError as error:
             logger.error('%s; killing the containers', error)
@@ -610,6 +619,7 @@ class Action(NamedTuple):
     container: str  # id; '' where containers are missing
     label: str
     cause: str
+    targets: Tuple[str, ...]  # what the command names
     since: float = 0.0  # when the fault was first seen
     due: float = 0.0
     attempt: int = 1  # the how manieth repair of its service in a row
@@ -620,11 +630,6 @@ class Action(NamedTuple):
         """What tells one fault from another."""
         return self.verb, self.container or self.service
 
-    @property
-    def target(self) -> str:
-        """What the command names."""
-        return self.container if self.verb.tool == 'docker' else self.service
-
 
 class Streak(NamedTuple):
     """Repairs of one service that followed each other with less than ten seconds of running in between."""
@@ -632,7 +637,7 @@ class Streak(NamedTuple):
     repairs: int
     began: float  # when the first fault was seen
     ended: float  # end of the last repair
-    unstartable: str = ''  # id of a container that `docker start` could not start
+    failed: str = ''  # what the last repair could not mend: the id of a container, or the service's name
 
 
 class History(NamedTuple):
@@ -671,12 +676,15 @@ def _find_faults(
             verb = _find_verb(container, own, services, history, settings)
             if verb:
                 cause = 'its network is gone' if verb is Verb.RECREATE else container.condition
-                yield Action(verb, container.service, container.id, container.label, cause)
+                target = container.id if verb.tool == 'docker' else container.service
+                yield Action(verb, container.service, container.id, container.label, cause, (target,))
     for name, service in services.items():
         missing = service.scale - sum(c.service == name and c.state is not State.DEAD for c in own)
         if missing > 0 and service.watched:
             cause = 'missing' if service.scale == 1 else '{} of {} missing'.format(missing, service.scale)
-            yield Action(Verb.CREATE, name, '', name, cause)
+            # Without its network's owner, Compose 1.29 would create it in a network of its own.
+            targets = (name, service.network_of) if service.network_of else (name,)
+            yield Action(Verb.CREATE, name, '', name, cause, targets)
 
 
 def _find_verb(
@@ -690,7 +698,7 @@ def _find_verb(
         return None  # Docker, or somebody, is at it
     if service.network_of and not _is_met('service_started', service.network_of, own):
         return None  # it can't run before that one does
-    if service.network_of and container.network_owner and all(c.id != container.network_owner for c in own):
+    if service.network_of and container.network_owner not in ('?', *(c.id for c in own)):
         return Verb.RECREATE
     if state is State.RUNNING:
         return Verb.RESTART if container.health == 'unhealthy' and settings.unhealthy is Unhealthy.RESTART else None
@@ -699,7 +707,7 @@ def _find_verb(
     if state is State.CREATED and not all(_is_met(condition, other, own) for other, condition in service.depends_on.items()):
         return None  # somebody's `up` waits for what it depends on
     streak = history.streaks.get(name)
-    return Verb.UP if streak and container.id == streak.unstartable else Verb.START
+    return Verb.UP if streak and container.id == streak.failed else Verb.START
 
 
 def _has_done_its_job(container: Container, services: Mapping[str, Service]) -> bool:
@@ -727,7 +735,7 @@ def _is_met(condition: str, name: str, own: Sequence[Container]) -> bool:
 
 def _mend(stack: _Stack, group: Sequence[Action]) -> str:
     """Run the one command that mends these faults of one kind; return its output."""
-    verb, targets = group[0].verb, sorted({action.target for action in group})
+    verb, targets = group[0].verb, sorted({target for action in group for target in action.targets})
     if verb.tool == 'compose':
         return stack.compose(*verb.arguments, *targets, limit=10 * stack.settings.timeout)
     grace = stack.longest_grace(targets) if verb is Verb.RESTART else 0.0
@@ -910,10 +918,12 @@ class _Watch:
                 _warn(text.format(action.label, action.cause, *times))
 
     def _act(self, actions: Iterable[Action]) -> None:
-        """Begin the repairs: one command for all first attempts of a kind, one for each service that failed before."""
+        """Begin the repairs: one command for all of a kind, but one of its own for each service that Compose failed for."""
         groups: Dict[Tuple[Verb, str], List[Action]] = {}
         for action in actions:
-            groups.setdefault((action.verb, action.service if action.attempt > 1 else ''), []).append(action)
+            streak = self.history.streaks.get(action.service)
+            alone = streak is not None and streak.failed == action.service
+            groups.setdefault((action.verb, action.service if alone else ''), []).append(action)
         for (verb, _), group in groups.items():
             if verb.tool == 'compose' and any(other[0].verb.tool == 'compose' for other, _ in self.repairs.values()):
                 continue  # two at a time would create the same network twice
@@ -946,8 +956,7 @@ class _Watch:
         since = {key: seen for key, seen in self.history.since.items() if key != action.key}
         streaks = dict(self.history.streaks)
         if action.verb is not Verb.UNPAUSE:
-            unstartable = action.container if failed and action.verb is Verb.START else ''
-            streaks[action.service] = Streak(action.attempt, action.began, self.clock(), unstartable)
+            streaks[action.service] = Streak(action.attempt, action.began, self.clock(), action.targets[0] if failed else '')
         self.history = History(since, streaks)
 
 
@@ -1289,7 +1298,7 @@ def _explain(stack: _Stack) -> int:
         if container.id not in [action.container for action in actions]:
             print('{}: {}: nothing to do'.format(container.label, container.condition))
     for action in actions:
-        command = _quote([action.verb.tool, *action.verb.arguments, action.target])
+        command = _quote([action.verb.tool, *action.verb.arguments, *action.targets])
         print('{}: {}: would run `{}`'.format(action.label, action.cause, command))
     if not actions:
         print('all is well')

@@ -438,6 +438,14 @@ def test_service_with_a_profile_is_not_expected():
     assert bc._parse_services('services:\n  debug:\n    profiles:\n    - debug\n') == {'debug': Service(scale=0)}
 
 
+@pytest.mark.parametrize('streak, health', [('0', 'starting'), ('3', 'unhealthy'), ('', 'unhealthy')])
+def test_unhealthy_without_a_failure_is_what_docker_says_after_a_pause(docker, streak, health):
+    unhealthy = line('core', 'running', 'Up 5 seconds (unhealthy)')
+    play_stack(docker, [unhealthy, SIDE], inspect={'out': 'core1 default {}\n'.format(streak)})
+    assert [c.health for c in bc._Stack(FAST, 'shop').observe()] == [health, '']
+    assert docker.calls()[-1][-1:] == ['core1']
+
+
 # -- the process layer -----------------------------------------------------------------------------------------------
 
 
@@ -563,6 +571,8 @@ ROWS = [
     ('stopped side of a core created anew, too',
      {'core': make(id='new'), 'side': make('side', 'exited', network_owner='core1')},
      [('recreate', 'side', 'its network is gone')]),
+    ('side in a network of its own is created anew', {'side': make('side')}, [('recreate', 'side', 'its network is gone')]),
+    ('side whose network is not known yet is left alone', {'side': make('side', network_owner='?')}, []),
     ('stopped side waits for a core that does not run',
      {'core': make(state='exited'), 'side': make('side', 'exited', network_owner='core1')},
      [('start', 'core', 'exited (137)')]),
@@ -588,6 +598,11 @@ ROWS = [
 @pytest.mark.parametrize('changes, actions', [row[1:] for row in ROWS], ids=[row[0] for row in ROWS])
 def test_decide(changes, actions):
     assert found(look(**changes)) == actions
+
+
+def test_decide_names_the_owner_of_the_network_too_when_a_container_is_created():
+    actions = bc.decide(look(core=None, side=None), SERVICES, NOW, History(), FAST)
+    assert [action.targets for action in actions] == [('core',), ('side', 'core')]
 
 
 def test_decide_ignores_unhealthy_if_told_so():
@@ -769,6 +784,22 @@ def test_slow_repair_holds_up_no_other_service_and_is_not_begun_twice(docker):
         assert eventually(lambda: ['start', 'side1'] in docker.calls())
         assert repairs(docker) == [['restart', 'core1'], ['start', 'side1']]
         bc.UP_FLAG.value = False
+
+
+def test_service_that_compose_failed_for_has_a_command_of_its_own_from_then_on(docker):
+    play_stack(docker, [], PLAIN, ps={}, compose_up={'code': 1, 'err': 'no'})
+    clock = Clock()
+    with watch(clock=clock) as w:
+        w.stack.project = 'shop'
+        w.cycle()
+        finish(w)
+        play_stack(docker, [], PLAIN, ps={})
+        for _ in range(4):
+            clock.now += 5
+            w.cycle()
+            finish(w)
+    create = ['compose', 'up', '--detach', '--no-recreate', '--no-deps']
+    assert repairs(docker)[:3] == [[*create, 'core', 'side'], [*create, 'core'], [*create, 'side']]
 
 
 def test_only_one_compose_command_runs_at_a_time(docker):
@@ -1297,16 +1328,12 @@ class Project:
         ids = self.ids()
         labels = '{{index .Config.Labels "com.docker.compose.service"}}'
         form = '{{.Id}} ' + labels + ' {{.State.Status}} {{.State.StartedAt}} {{.RestartCount}}'
-        lines = self.docker('inspect', '--format', form, *ids).splitlines() if ids else []
+        lines = self.docker('inspect', '--format', form, *ids, code=None).splitlines() if ids else []  # one may be gone
         return {line.split()[0]: tuple(line.split()[1:]) for line in lines}
 
     def is_well(self, services=('core', 'far', 'once', 'pair', 'pair', 'side', 'well')):
         """Whether all runs that should: each service as often as it is named, and what runs once has ended."""
-        try:
-            looked = self.look().values()
-        except AssertionError:  # gone between the two commands
-            return False
-        shown = sorted((service, state) for service, state, *_ in looked if service != 'alone')
+        shown = sorted((service, state) for service, state, *_ in self.look().values() if service != 'alone')
         return shown == [(service, 'exited' if service == 'once' else 'running') for service in services]
 
     def remove(self):
@@ -1353,8 +1380,11 @@ PAIR += '  side: {image: busybox, command: sleep 10000, stop_signal: SIGKILL}\n'
 # -- on a real engine: repairs ---------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope='module', params=[(compose, watcher) for compose in COMPOSE for watcher in ('thread', 'process')],
-                ids=lambda param: ' '.join(param))  # fmt: skip
+# Each generation of Compose and each kind of watcher, but not each with each: that takes minutes and shows no more.
+CROSSED = [('Compose 1.29', 'thread'), ('Compose 2', 'process'), ('Compose 2', 'thread')]
+
+
+@pytest.fixture(scope='module', params=CROSSED, ids=' '.join)
 def watched(request, engine, tmp_path_factory):
     """A stack under the watchdog, for one fault after the other."""
     project = Project(tmp_path_factory.mktemp('stack'), COMPOSE[request.param[0]]).write(STACK)
@@ -1457,6 +1487,20 @@ def test_unhealthy_container_is_left_alone_if_told_so(project_2):
         assert eventually(lambda: project.docker('inspect', '--format', form, *project.ids('well')) == 'unhealthy\n')
         project.docker('pause', *project.ids('core'))  # by its repair the watchdog shows that it has looked since
         assert eventually(lambda: project.look() == before)
+
+
+@needs_docker
+def test_healthy_container_is_not_restarted_because_it_was_paused(project_2):
+    """From the pause on, until the next probe an hour later, Docker calls it unhealthy."""
+    project = project_2.write(PAIR.replace('image', "healthcheck: {test: 'true', interval: 1h}, image", 1))
+    with project.watchdog() as watchdog:
+        before = project.look()
+        project.docker('pause', *project.ids('core'))
+        assert watchdog.says('core: paused -> unpaused')
+        assert 'unhealthy' in project.docker('ps', project.filter)
+        project.docker('kill', *project.ids('side'))  # by its repair the watchdog shows that it has looked since
+        assert watchdog.says('side: exited (137) -> started')
+        assert project.look()[project.ids('core')[0]] == before[project.ids('core')[0]] and 'restarted' not in watchdog.log()
 
 
 @needs_docker
@@ -1811,8 +1855,9 @@ class Engine:
 
 
 @needs_docker
-@pytest.mark.parametrize('signum', [signal.SIGTERM, signal.SIGKILL], ids=lambda signum: signum.name)
-@pytest.mark.parametrize('options', [(), ('--live-restore',)], ids=['', 'live-restore'])
+@pytest.mark.parametrize(
+    'signum, options', [(signal.SIGTERM, ()), (signal.SIGKILL, ('--live-restore',))], ids=['stopped', 'killed with live-restore']
+)
 def test_outage_of_the_engine_is_told_once_and_all_runs_soon_after_its_end(engine, tmp_path, signum, options):
     with Engine(options) as second:
         project = Project(tmp_path, COMPOSE['Compose 2'], second.environment).write(STACK)
@@ -1946,9 +1991,11 @@ def run_broapt(project, python, **const):
 
 
 @needs_docker
-@pytest.mark.parametrize('watcher', ['thread', 'process'])
+@pytest.mark.parametrize('compose, watcher', CROSSED)
 @pytest.mark.parametrize('python', list_flask_pythons())
-def test_flask_server_of_broapt_ends_in_order_in_the_middle_of_a_repair(project, python, watcher):
+def test_flask_server_of_broapt_ends_in_order_in_the_middle_of_a_repair(project_2, python, compose, watcher):
+    project = project_2
+    project.compose_command = COMPOSE[compose]
     with run_broapt(project.write(PAIR), python, BROAPT_WATCHER=watcher) as (host, _):
         project.docker('kill', *project.ids('core'))
         assert eventually(lambda: [state for _, state, *_ in project.look().values()] == ['running'] * 2)
@@ -2121,7 +2168,8 @@ def frozen(tmp_path_factory):
 
 @needs_docker
 @pytest.mark.parametrize('watcher', ['thread', 'process'])
-def test_frozen_host_repairs_and_ends_in_order(frozen, project, watcher):
+def test_frozen_host_repairs_and_ends_in_order(frozen, project_2, watcher):
+    project = project_2
     with project.write(PAIR).watchdog('--watcher', watcher, start=(str(frozen), 'run')) as host:
         project.docker('kill', *project.ids('core'))
         assert host.says('core: exited (137) -> started'), host.log()
