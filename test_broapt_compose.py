@@ -10,6 +10,7 @@ import json
 import os
 import pathlib
 import random
+import re
 import select
 import shlex
 import shutil
@@ -2094,6 +2095,15 @@ def test_service_manager_is_told_what_goes_on_and_is_fed_by_completed_checks_onl
             assert 'STOPPING=1' in read_until('STOPPING=1')
     finally:
         shutil.rmtree(folder)
+
+
+def test_unit_file_of_the_readme_is_accepted_by_systemd(tmp_path):
+    if not shutil.which('systemd-analyze'):
+        pytest.skip('systemd-analyze is not installed')
+    unit = re.search('```ini\n(.*?)```', (HERE / 'README.md').read_text(), re.DOTALL).group(1)
+    (tmp_path / 'broapt.service').write_text(unit)
+    result = subprocess.run(['systemd-analyze', 'verify', str(tmp_path / 'broapt.service')], stderr=subprocess.PIPE)
+    assert (result.returncode, result.stderr) == (0, b'')
 
 
 def need(*modules):
