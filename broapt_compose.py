@@ -52,7 +52,21 @@ import sys
 import threading
 import time
 import warnings
-from typing import Any, Callable, ContextManager, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import (
+    Any,
+    Callable,
+    ContextManager,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    Mapping,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Set,
+    Tuple,
+)
 
 __version__ = '1.0.0'
 __all__ = [
@@ -273,7 +287,9 @@ class Container(NamedTuple):
     since: str  # how long it is in this state, in Docker's words, such as '5 minutes'
     watched: bool  # False if labelled broapt.watch=false
     config_hash: str  # changes with the service's definition
+    folder: str  # of the Compose file that made it
     network_owner: str  # id of the container whose network it uses; '' if it has its own, '?' if that is not known yet
+    started_at: str = ''  # the engine's time; known only if it shares a network
 
     @property
     def label(self) -> str:
@@ -296,7 +312,7 @@ class Service(NamedTuple):
     depends_on: Mapping[str, str] = {}  # service -> condition
 
 
-_LABELS = ['com.docker.compose.' + name for name in ('service', 'container-number', 'oneoff', 'config-hash')]
+_LABELS = ['com.docker.compose.' + name for name in ('service', 'container-number', 'oneoff', 'config-hash', 'project.working_dir')]
 _PS_FIELDS = ['.ID', '.Names', '.State', '.Status', '.Networks']
 _PS_FIELDS += ['(.Label "{}")'.format(label) for label in ['broapt.watch', *_LABELS]]
 _PS_FORMAT = '[{}]'.format(','.join('{{json %s}}' % field for field in _PS_FIELDS))
@@ -309,11 +325,11 @@ def _parse_containers(text: str) -> List[Container]:
         raise ValueError('the last line is cut off')
     containers = []
     for line in text.splitlines():
-        ident, name, state, status, networks, watch, service, number, oneoff, config_hash = json.loads(line)
+        ident, name, state, status, networks, watch, service, number, oneoff, config_hash, folder = json.loads(line)
         code, since, health = (_STATUS.fullmatch(status) or re.fullmatch('()()()', '')).groups()  # type: ignore[union-attr]
         # Docker shows no network for a container in another one's; in whose, takes a second command.
         record = Container(ident, name, service, number, State(state), int(code) if code else None, health or '', since,
-                           watch.lower() != 'false', config_hash, '' if networks else '?')  # fmt: skip
+                           watch.lower() != 'false', config_hash, folder, '' if networks else '?')  # fmt: skip
         if oneoff != 'True':  # made by `compose run`: somebody's own business
             containers.append(record)
     return containers
@@ -336,7 +352,7 @@ def _parse_services(text: str) -> Dict[str, Service]:
             continue
         name, key, value = path[1], path[2:], (found.group(4) or '').strip('"\'')
         service = services.setdefault(name, Service())
-        if key in (['scale'], ['deploy', 'replicas']) and value.isdigit():
+        if key in (['scale'], ['deploy', 'replicas']) and value.isdigit() and service.scale:
             service = service._replace(scale=int(value))
         elif key == ['profiles']:  # Compose 1.29 prints those that are switched off as well
             service = service._replace(scale=0)
@@ -441,10 +457,11 @@ class _Stack:
         self.settings = settings
         self.project = project  # '' while there is no container to read it off
         self.cancel = cancel  # a file; once it is readable, commands are cancelled
-        self.network_owners: Dict[str, str] = {}
+        self.declared: Set[str] = set()  # the services of the Compose files, once they have been read
+        self.details: Dict[str, Tuple[str, str]] = {}  # id -> network owner, start time
 
-    def docker(self, *arguments: str, grace: float = 0.0) -> str:
-        return _run(('docker', *arguments), self.settings.timeout + grace, self.cancel)
+    def docker(self, *arguments: str, limit: Optional[float] = None) -> str:
+        return _run(('docker', *arguments), self.settings.timeout if limit is None else limit, self.cancel)
 
     def compose(self, *arguments: str, limit: Optional[float] = None, echo: bool = False) -> str:
         files = [part for file in self.settings.docker_compose for part in ('--file', file)]
@@ -468,27 +485,31 @@ class _Stack:
         self.find_project()
         text = self.docker('ps', '--all', '--no-trunc', self.filter, '--format', _PS_FORMAT) if self.project else ''
         try:
-            containers = _parse_containers(text)
-        except (ValueError, TypeError, AttributeError) as error:
+            return self._add_details(_parse_containers(text))
+        except (ValueError, TypeError, AttributeError, KeyError) as error:
             raise ComposeError(('docker', 'ps'), None, '', 'its answer is not understood: {}'.format(error)) from None
-        return self._add_details(containers)
 
     def _add_details(self, containers: List[Container]) -> List[Container]:
         """Fill in what `docker ps` does not tell: in whose network a container is, and whether *unhealthy* is meant so.
 
-        The former never changes, so it is asked once. And Docker calls a container unhealthy, with no failure at all, from
-        a pause until the next probe.
+        The former is asked when it is new, or one of the two has just been started. As to the latter, Docker calls a
+        container unhealthy, with no failure at all, from a pause until the next probe.
         """
-        known = self.network_owners
-        asked = [c.id for c in containers if c.network_owner and c.id not in known or c.health == 'unhealthy']
-        well = set()
-        for line in self.inspect('{{.Id}} {{.HostConfig.NetworkMode}} {{with .State.Health}}{{.FailingStreak}}{{end}}', asked):
-            ident, mode, streak = (line + '  ').split(' ')[:3]
-            known[ident] = mode[len('container:') :] if mode.startswith('container:') else ''
-            well |= {ident} if streak == '0' else set()
-        self.network_owners = {c.id: known[c.id] for c in containers if c.id in known}
-        containers = [c._replace(network_owner=known.get(c.id, c.network_owner)) for c in containers]
-        return [c._replace(health='starting') if c.id in well else c for c in containers]
+        details, well = self.details, set()
+        sharing = {c.id for c in containers if c.network_owner}.union(owner for owner, _ in details.values())
+        young = [c.id for c in containers if c.id in sharing and (c.id not in details or 'second' in c.since)]
+        asked = [*young, *(c.id for c in containers if c.health == 'unhealthy')]
+        for ident, mode, state in map(
+            json.loads, self.inspect('[{{json .Id}},{{json .HostConfig.NetworkMode}},{{json .State}}]', asked)
+        ):
+            details[ident] = mode[len('container:') :] if mode.startswith('container:') else '', state['StartedAt'].rstrip('Z')
+            well |= set() if (state.get('Health') or {}).get('FailingStreak') else {ident}
+        self.details = {c.id: details[c.id] for c in containers if c.id in details}
+        for index, c in enumerate(containers):
+            owner, started_at = details.get(c.id, (c.network_owner, ''))
+            health = 'starting' if c.id in well else c.health
+            containers[index] = c._replace(network_owner=owner, started_at=started_at, health=health)
+        return containers
 
     def inspect(self, template: str, ids: Sequence[str]) -> List[str]:
         """Return a line for each of these containers that is still there."""
@@ -499,7 +520,9 @@ class _Stack:
 
     def services(self) -> Dict[str, Service]:
         """Return the services that the Compose files declare now."""
-        return _parse_services(self.compose('config'))
+        services = _parse_services(self.compose('config'))
+        self.declared = set(services)
+        return services
 
     def longest_grace(self, ids: Sequence[str]) -> float:
         """Return the longest stop timeout of these containers, in seconds."""
@@ -538,25 +561,42 @@ class _Stack:
 
     def stop(self) -> None:
         """Stop the stack gracefully, kill what outlasts its time, and clean up in any case."""
+        limit = self.settings.timeout
         try:
-            grace = self.longest_grace([c.id for c in self.unpause()])
-            self.compose('stop', limit=self.settings.timeout + grace)
+            self.declared = self.declared or set(self.services())
+            limit += self.longest_grace([c.id for c in self.unpause()])
+            self.compose('stop', limit=limit)
+        except ComposeError as error:
+            logger.error('%s; stopping the containers one by one', error)
+        try:  # also what Compose leaves: services of a profile, or that are not in its file any more
+            self._end('stop', limit)
         except ComposeError as error:
             logger.error('%s; killing the containers', error)
-            alive = [c.id for c in self.observe() if c.state in _ALIVE]
-            if alive:
-                self.docker('kill', *alive)
+            self._end('kill', limit)
         finally:
             try:
                 self.clean_up()
             except ComposeError as error:
                 _warn('the clean-up failed: {}'.format(error))
 
+    def _end(self, command: str, limit: float) -> None:
+        alive = [c.id for c in self.observe_own() if c.state in _ALIVE]
+        if alive:
+            self.docker(command, *alive, limit=limit)
+
+    def observe_own(self) -> List[Container]:
+        """Return the containers but those of a stack in another folder that happens to have the same project name."""
+        containers = self.observe()
+        folders = {c.folder for c in containers if c.service in self.declared or not self.declared}
+        return [c for c in containers if c.service in self.declared or c.folder in folders]
+
     def clean_up(self) -> None:
         """Delete what the setting *prune* says."""
         if self.settings.prune is Prune.SYSTEM:
             self.docker('system', 'prune', '--volumes', '--force')
-        elif self.settings.prune is Prune.PROJECT and self.project:
+        elif self.settings.prune is Prune.PROJECT and not self.project:
+            self.compose('down')  # a start that failed before the first container may have left a network
+        elif self.settings.prune is Prune.PROJECT:
             self._remove_containers()
             networks = self.docker('network', 'ls', '--quiet', self.filter).split()
             if networks:
@@ -568,7 +608,7 @@ class _Stack:
     def _remove_containers(self) -> None:
         """Remove the containers with their anonymous volumes; look again, for the engine may finish a cancelled `up`."""
         for tries_left in (2, 1, 0):
-            ids = [c.id for c in self.observe()]
+            ids = [c.id for c in self.observe_own()]
             if not ids:
                 return
             try:
@@ -675,7 +715,8 @@ def _find_faults(
         if container.watched and services[container.service].watched:
             verb = _find_verb(container, own, services, history, settings)
             if verb:
-                cause = 'its network is gone' if verb is Verb.RECREATE else container.condition
+                lost = verb is Verb.RECREATE or verb is Verb.RESTART and container.health != 'unhealthy'
+                cause = 'its network is gone' if lost else container.condition
                 target = container.id if verb.tool == 'docker' else container.service
                 yield Action(verb, container.service, container.id, container.label, cause, (target,))
     for name, service in services.items():
@@ -700,6 +741,8 @@ def _find_verb(
         return None  # it can't run before that one does
     if service.network_of and container.network_owner not in ('?', *(c.id for c in own)):
         return Verb.RECREATE
+    if state is State.RUNNING and any(c.id == container.network_owner and c.started_at > container.started_at for c in own):
+        return Verb.RESTART  # a container that is started anew gets a new network; who shares the old one is cut off
     if state is State.RUNNING:
         return Verb.RESTART if container.health == 'unhealthy' and settings.unhealthy is Unhealthy.RESTART else None
     if _has_done_its_job(container, services):
@@ -739,7 +782,7 @@ def _mend(stack: _Stack, group: Sequence[Action]) -> str:
     if verb.tool == 'compose':
         return stack.compose(*verb.arguments, *targets, limit=10 * stack.settings.timeout)
     grace = stack.longest_grace(targets) if verb is Verb.RESTART else 0.0
-    return stack.docker(*verb.arguments, *targets, grace=grace)
+    return stack.docker(*verb.arguments, *targets, limit=stack.settings.timeout + grace)
 
 
 # -- the watcher -----------------------------------------------------------------------------------------------------
@@ -1093,6 +1136,7 @@ def _supervise(settings: Optional[Settings], notify: Notify) -> Iterator[UpFlag]
                 UP_FLAG.value = False
                 notify('STOPPING=1')
                 _stop(stack, failed)
+            _Signals.exiting = False
 
 
 def _stop(stack: _Stack, failed: bool) -> None:

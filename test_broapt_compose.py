@@ -38,14 +38,14 @@ MODULE = HERE / 'broapt_compose.py'
 
 PS = '\n'.join(
     [
-        '["aa00","shop-side-1","running","Up 2 seconds","","","side","1","False","h1"]',
-        '["bb00","shop-core-1","running","Up 5 minutes (unhealthy)","shop_default","","core","1","False","h2"]',
-        '["cc00","shop-init-1","exited","Exited (0) 1 second ago","shop_default","","init","1","False","h3"]',
-        '["dd00","shop-core-2","paused","Up About an hour (Paused)","shop_default","FALSE","core","2","False","h2"]',
-        '["ee00","shop-core-3","restarting","Restarting (1) 3 seconds ago","shop_default","","core","3","False","h2"]',
-        '["ff00","shop-core-run-1","exited","Exited (1) 3 days ago","shop_default","","core","1","True","h2"]',
-        '["gg00","shop-new-1","created","Created","shop_default","","new","1","False","h4"]',
-        '["hh00","shop-new-2","running","Up Less than a second (health: starting)","shop_default","","new","2","False","h4"]',
+        '["aa00","shop-side-1","running","Up 2 seconds","","","side","1","False","h1","/shop"]',
+        '["bb00","shop-core-1","running","Up 5 minutes (unhealthy)","shop_default","","core","1","False","h2","/shop"]',
+        '["cc00","shop-init-1","exited","Exited (0) 1 second ago","shop_default","","init","1","False","h3","/shop"]',
+        '["dd00","shop-core-2","paused","Up About an hour (Paused)","shop_default","FALSE","core","2","False","h2","/shop"]',
+        '["ee00","shop-core-3","restarting","Restarting (1) 3 seconds ago","shop_default","","core","3","False","h2","/shop"]',
+        '["ff00","shop-core-run-1","exited","Exited (1) 3 days ago","shop_default","","core","1","True","h2","/shop"]',
+        '["gg00","shop-new-1","created","Created","shop_default","","new","1","False","h4","/shop"]',
+        '["hh00","shop-new-2","running","Up Less than a second (health: starting)","shop_default","","new","2","False","h4","/"]',
         '',
     ]
 )
@@ -208,7 +208,7 @@ def make(service='core', state='running', **fields):
     """Return a container; the id is the service's name and number unless given."""
     number = fields.setdefault('number', '1')
     values = {'id': service + number, 'name': 'shop-' + service + '-' + number, 'exit_code': None, 'health': '', 'since': ''}
-    values.update(watched=True, config_hash='h', network_owner='')
+    values.update(watched=True, config_hash='h', folder='/shop', network_owner='')
     values.update(fields)
     if state == 'exited' and values['exit_code'] is None:
         values['exit_code'] = 137
@@ -245,7 +245,7 @@ def play_stack(docker, lines, config=CONFIG_2, **more):
 
 def line(service, state, status, ident='', number='1', networks='shop_default'):
     return json.dumps([ident or service + number, 'shop-{}-{}'.format(service, number), state, status, networks, '', service,
-                       number, 'False', 'h'])  # fmt: skip
+                       number, 'False', 'h', '/shop'])  # fmt: skip
 
 
 PLAIN = 'services:\n  core:\n    image: busybox\n  side:\n    image: busybox\n'
@@ -435,14 +435,25 @@ def test_services_are_read_from_what_both_generations_print(text):
     }
 
 
+def test_signals_work_again_after_the_end(docker):
+    play_stack(docker, [SIDE], 'services: {side: {image: busybox}}')
+    bc.register(FAST)
+    with bc.docker_compose(FAST):
+        pass
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGTERM)
+        threading.Event().wait(10)
+
+
 def test_service_with_a_profile_is_not_expected():
-    assert bc._parse_services('services:\n  debug:\n    profiles:\n    - debug\n') == {'debug': Service(scale=0)}
+    assert bc._parse_services('services:\n  debug:\n    profiles:\n    - debug\n    scale: 2\n') == {'debug': Service(scale=0)}
 
 
-@pytest.mark.parametrize('streak, health', [('0', 'starting'), ('3', 'unhealthy'), ('', 'unhealthy')])
+@pytest.mark.parametrize('streak, health', [(0, 'starting'), (3, 'unhealthy')])
 def test_unhealthy_without_a_failure_is_what_docker_says_after_a_pause(docker, streak, health):
     unhealthy = line('core', 'running', 'Up 5 seconds (unhealthy)')
-    play_stack(docker, [unhealthy, SIDE], inspect={'out': 'core1 default {}\n'.format(streak)})
+    details = ['core1', 'default', {'StartedAt': '2026-11-23T15:09:35.9Z', 'Health': {'FailingStreak': streak}}]
+    play_stack(docker, [unhealthy, SIDE], inspect={'out': json.dumps(details) + '\n'})
     assert [c.health for c in bc._Stack(FAST, 'shop').observe()] == [health, '']
     assert docker.calls()[-1][-1:] == ['core1']
 
@@ -574,6 +585,11 @@ ROWS = [
      [('recreate', 'side', 'its network is gone')]),
     ('side in a network of its own is created anew', {'side': make('side')}, [('recreate', 'side', 'its network is gone')]),
     ('side whose network is not known yet is left alone', {'side': make('side', network_owner='?')}, []),
+    ('side is restarted when core was started after it',
+     {'core': make(started_at='2'), 'side': make('side', network_owner='core1', started_at='1')},
+     [('restart', 'side', 'its network is gone')]),
+    ('side that was started after core is left alone',
+     {'core': make(started_at='1'), 'side': make('side', network_owner='core1', started_at='2')}, []),
     ('stopped side waits for a core that does not run',
      {'core': make(state='exited'), 'side': make('side', 'exited', network_owner='core1')},
      [('start', 'core', 'exited (137)')]),
@@ -1052,15 +1068,39 @@ def test_signal_that_the_kernel_gives_to_another_thread_ends_the_run_too(docker)
 # -- docker_compose and its parts, with a scripted docker ------------------------------------------------------------
 
 
-def test_stop_kills_what_does_not_stop_and_still_cleans_up(docker, caplog):
+def test_stop_ends_one_by_one_what_compose_cannot_then_kills_and_still_cleans_up(docker, caplog):
     lines = [line('core', 'running', 'Up 2 minutes'), SIDE]
-    play_stack(docker, lines, PLAIN, compose_stop={'code': 1, 'err': 'no way'}, network_ls={'out': 'net1\n'})
+    failing = {'code': 1, 'err': 'no way'}
+    play_stack(docker, lines, PLAIN, compose_stop=failing, stop=failing, network_ls={'out': 'net1\n'})
     bc.stop_container(FAST)
-    assert ['kill', 'core1', 'side1'] in docker.calls()
-    assert ['rm', '--force', '--volumes', 'core1', 'side1'] in docker.calls()
+    expected = [
+        ['compose', 'stop'],
+        ['stop', 'core1', 'side1'],
+        ['kill', 'core1', 'side1'],
+        ['rm', '--force', '--volumes', 'core1', 'side1'],
+    ]
+    assert repairs(docker)[:4] == expected
     assert ['network', 'rm', 'net1'] in docker.calls()
     assert not any('prune' in call for call in docker.calls())
-    assert caplog.messages[0] == 'docker compose stop: exit code 1: no way; killing the containers'
+    assert caplog.messages == [
+        'docker compose stop: exit code 1: no way; stopping the containers one by one',
+        'docker stop core1 side1: exit code 1: no way; killing the containers',
+    ]
+
+
+def test_stack_of_another_folder_with_the_same_project_name_is_not_ended(docker):
+    other = SIDE.replace('side', 'other').replace('/shop', '/elsewhere')
+    gone = line('gone', 'running', 'Up 2 minutes')  # not declared any more, but of this folder
+    play_stack(docker, [SIDE, other, gone], PLAIN)
+    bc.stop_container(FAST)
+    assert ['stop', 'side1', 'gone1'] in docker.calls() and ['rm', '--force', '--volumes', 'side1', 'gone1'] in docker.calls()
+
+
+def test_start_that_fails_before_the_first_container_leaves_no_network(docker):
+    docker.play(compose_up={'code': 1, 'err': 'no such image'})
+    with pytest.raises(ComposeError, match='no such image'), bc.docker_compose(FAST):
+        raise AssertionError('entered')
+    assert docker.calls()[-1] == ['compose', 'down']
 
 
 def test_failed_clean_up_is_a_warning(docker):
@@ -1069,7 +1109,7 @@ def test_failed_clean_up_is_a_warning(docker):
         bc.stop_container(FAST)
 
 
-@pytest.mark.parametrize('prune, last', [('system', ['system', 'prune', '--volumes', '--force']), ('none', ['compose', 'stop'])])
+@pytest.mark.parametrize('prune, last', [('system', ['system', 'prune', '--volumes', '--force']), ('none', ['stop', 'side1'])])
 def test_other_clean_ups(docker, prune, last):
     play_stack(docker, [SIDE], PLAIN)
     bc.stop_container(FAST._replace(prune=bc.Prune(prune)))
@@ -1093,7 +1133,8 @@ def test_failed_start_is_undone_and_its_error_comes_out(docker):
 
 
 def test_what_the_body_raises_comes_out_even_if_the_stop_fails(docker):
-    play_stack(docker, [SIDE, line('core', 'running', 'Up 1 second')], PLAIN, compose_stop={'code': 1}, kill={'code': 1})
+    play_stack(docker, [SIDE, line('core', 'running', 'Up 1 second')], PLAIN, compose_stop={'code': 1}, stop={'code': 1},
+               kill={'code': 1})  # fmt: skip
     with pytest.warns(ComposeWarning, match='the stack could not be stopped: docker kill'):
         with pytest.raises(ZeroDivisionError):
             with bc.docker_compose(FAST._replace(prune=bc.Prune.NONE)):
@@ -1113,7 +1154,7 @@ def test_lowered_flag_cancels_a_repair_that_hangs(docker):
     play_stack(docker, lines, PLAIN, start={'hang': True})
     with bc.docker_compose(FAST._replace(prune=bc.Prune.NONE)):
         assert eventually(lambda: ['start', 'core1'] in docker.calls())
-    assert docker.calls()[-1] == ['compose', 'stop']
+    assert repairs(docker)[-2:] == [['compose', 'stop'], ['stop', 'side1']]
 
 
 # -- the command line ------------------------------------------------------------------------------------------------
@@ -1401,7 +1442,7 @@ def sicken(project):
 
 
 FAULTS = {
-    'killed': (['core'], lambda p: p.docker('kill', *p.ids('core'))),
+    'killed': (['core', 'far'], lambda p: p.docker('kill', *p.ids('core'))),
     'stopped': (['side'], lambda p: p.docker('stop', *p.ids('side'))),
     'paused': (['core'], lambda p: p.docker('pause', *p.ids('core'))),
     'removed': (['side'], lambda p: p.docker('rm', '-f', *p.ids('side'))),
@@ -1434,6 +1475,8 @@ def test_fault_is_repaired_without_touching_the_neighbours(watched, fault):
     for ident, container in before.items():
         if container[0] not in concerned or fault == 'paused':
             assert after.get(ident) == container
+    far = watched.ids('far')
+    assert eventually(lambda: 'eth0' in watched.docker('exec', *watched.ids('far'), 'cat', '/proc/net/dev', code=None)), far
     kept = [ident for ident in watched.ids() if ident in before]
     assert ('removed' in fault) == (len(kept) < len(before))
 
