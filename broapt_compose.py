@@ -81,6 +81,7 @@ Notify = Callable[[str], Any]  # takes a message for the service manager
 
 _STEADY = 10.0  # seconds of running that end a crash loop, as in Docker's own restart policy
 _LONGEST_DELAY = 300.0  # seconds between two repairs in a crash loop
+_PATIENCE = 60.0  # seconds that a created container may wait for somebody's `up` to start it
 _LOOP = 3  # repairs in a row from which on it is called a crash loop
 _DEFAULT_GRACE = 10.0  # seconds that Docker gives a container without a stop timeout of its own
 _AFTERMATH = 1.0  # seconds after an event in which to look again: Docker tells of a death before `docker ps` shows it
@@ -108,10 +109,12 @@ class ComposeError(Exception):
         self.command, self.returncode, self.stderr, self.stdout = list(command), returncode, stderr, stdout
         lines = [line.strip() for line in stderr.splitlines() if line.strip()]
         self.reason = (reason or '; '.join([line for line in lines if 'error' in line.lower()][-2:] or lines[-1:]))[:500]
+        self.reason = self.reason or 'no reason given'
 
     def __str__(self) -> str:
         code = '' if self.returncode is None else 'exit code {}: '.format(self.returncode)
-        return _one_line('{}: {}{}'.format(_quote(self.command), code, self.reason))
+        command = _quote(word if len(word) <= 80 else word[:80] + '...' for word in self.command)
+        return _one_line('{}: {}{}'.format(command, code, self.reason))
 
 
 class _Cancelled(Exception):
@@ -142,7 +145,7 @@ Unhealthy = enum.Enum('Unhealthy', [('RESTART', 'restart'), ('IGNORE', 'ignore')
 
 def _parse_files(value: Any) -> Tuple[str, ...]:
     names = value.split(os.pathsep) if isinstance(value, str) else [value] if isinstance(value, os.PathLike) else value
-    files = tuple(os.path.abspath(os.fspath(name)) for name in names if name)
+    files = tuple(os.path.abspath(os.fsdecode(name)) for name in names if name)
     for file in files:
         with open(file, 'rb'):
             pass
@@ -151,7 +154,7 @@ def _parse_files(value: Any) -> Tuple[str, ...]:
 
 def _parse_seconds(value: Any) -> float:
     seconds = float(value)
-    if not 0 <= seconds < math.inf:
+    if not 0 <= seconds < math.inf or isinstance(value, bool):
         raise ValueError
     return seconds
 
@@ -163,14 +166,14 @@ def _parse_positive(value: Any) -> float:
 def _parse_signal(value: Any) -> int:
     text = str(int(value) if isinstance(value, int) else value).strip().upper()
     number = signal.Signals(int(text)) if text.isdigit() else signal.Signals['SIG' + re.sub('^SIG', '', text)]
-    if number in (signal.SIGKILL, signal.SIGSTOP):
+    if number in (signal.SIGKILL, signal.SIGSTOP) or isinstance(value, bool):
         raise ValueError
     return int(number)
 
 
 def _parse_command(value: Any) -> Tuple[str, ...]:
     command = tuple(shlex.split(value) if isinstance(value, str) else value)
-    if not command:
+    if not all(isinstance(word, str) for word in command) or not any(command):
         raise ValueError
     return command
 
@@ -346,15 +349,17 @@ def _parse_services(text: str) -> Dict[str, Service]:
     """
     services: Dict[str, Service] = {}
     path: List[str] = []
+    named = False
     for found in filter(None, map(_CONFIG_LINE.fullmatch, text.splitlines())):
         path[len(found.group(1)) // 2 :] = [found.group(3)]
+        named = named or path == ['name']
         if path[0] != 'services' or len(path) < 2:
             continue
         name, key, value = path[1], path[2:], (found.group(4) or '').strip('"\'')
         service = services.setdefault(name, Service())
         if key in (['scale'], ['deploy', 'replicas']) and value.isdigit() and service.scale:
             service = service._replace(scale=int(value))
-        elif key == ['profiles']:  # Compose 1.29 prints those that are switched off as well
+        elif key == ['profiles'] and not named:  # Compose 1.29 gives no name, and prints also what is switched off
             service = service._replace(scale=0)
         elif key == ['labels', 'broapt.watch']:
             service = service._replace(watched=value.lower() != 'false')
@@ -369,7 +374,7 @@ def _parse_services(text: str) -> Dict[str, Service]:
 # -- the Docker layer ------------------------------------------------------------------------------------------------
 
 
-def _spawn(command: Sequence[str], errors: int = subprocess.PIPE) -> 'subprocess.Popen[bytes]':
+def _spawn(command: Sequence[str], folder: Optional[str] = None, errors: int = subprocess.PIPE) -> 'subprocess.Popen[bytes]':
     """Start *command*, in a session of its own so that Ctrl+C in the terminal does not reach it."""
     environment = None
     if getattr(sys, 'frozen', False):  # PyInstaller's library path is not for Docker
@@ -380,7 +385,7 @@ def _spawn(command: Sequence[str], errors: int = subprocess.PIPE) -> 'subprocess
     streams: Dict[str, Any] = {'stdin': subprocess.DEVNULL, 'stdout': subprocess.PIPE, 'stderr': errors}
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # for the moment before it has its session
     try:
-        return subprocess.Popen(command, env=environment, start_new_session=True, **streams)
+        return subprocess.Popen(command, env=environment, cwd=folder, start_new_session=True, **streams)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
@@ -392,7 +397,7 @@ def _kill(process: 'subprocess.Popen[bytes]') -> None:
         process.wait(1)
 
 
-def _run(command: Sequence[str], limit: float, cancel: Any = None, echo: bool = False) -> str:
+def _run(command: Sequence[str], limit: float, cancel: Any = None, echo: bool = False, folder: Optional[str] = None) -> str:
     """Return what *command* wrote to standard output; with *echo*, all it writes is shown on standard error as it comes.
 
     Raises ComposeError if it can't be started, fails, or has not ended after *limit* seconds, and _Cancelled once
@@ -400,7 +405,8 @@ def _run(command: Sequence[str], limit: float, cancel: Any = None, echo: bool = 
     """
     output, errors, process, reason = bytearray(), bytearray(), None, 'interrupted'
     try:
-        process = _spawn(command)
+        with _holding_signals():  # until the process is known: it could not be killed
+            process = _spawn(command, folder)
         _collect(process, {process.stdout: output, process.stderr: errors}, limit, cancel, echo)
         reason = ''
     except subprocess.TimeoutExpired:
@@ -453,20 +459,21 @@ def _collect(process: Any, buffers: Dict[Any, bytearray], limit: float, cancel: 
 class _Stack:
     """The containers of one Compose project, by way of the commands of Docker and Compose."""
 
-    def __init__(self, settings: Settings, project: str = '', cancel: Any = None) -> None:
+    def __init__(self, settings: Settings, project: str = '', cancel: Any = None, folder: Optional[str] = None) -> None:
         self.settings = settings
+        self.folder = folder or os.getcwd()  # stays, whatever the host does with its own
         self.project = project  # '' while there is no container to read it off
         self.cancel = cancel  # a file; once it is readable, commands are cancelled
         self.declared: Set[str] = set()  # the services of the Compose files, once they have been read
         self.details: Dict[str, Tuple[str, str]] = {}  # id -> network owner, start time
 
     def docker(self, *arguments: str, limit: Optional[float] = None) -> str:
-        return _run(('docker', *arguments), self.settings.timeout if limit is None else limit, self.cancel)
+        return _run(('docker', *arguments), self.settings.timeout if limit is None else limit, self.cancel, folder=self.folder)
 
     def compose(self, *arguments: str, limit: Optional[float] = None, echo: bool = False) -> str:
         files = [part for file in self.settings.docker_compose for part in ('--file', file)]
         command = (*self.settings.compose_command, *files, *arguments)
-        return _run(command, self.settings.timeout if limit is None else limit, self.cancel, echo)
+        return _run(command, self.settings.timeout if limit is None else limit, self.cancel, echo, self.folder)
 
     @property
     def filter(self) -> str:
@@ -545,7 +552,7 @@ class _Stack:
         until = (start + datetime.timedelta(seconds=_STREAM_LIFE)).isoformat() + since[19:]
         filters = ['--filter=event=' + event for event in ('create', 'die', 'destroy', 'pause', 'health_status')]
         command = ('docker', 'events', '--format={{.ID}}', '--since', since, '--until', until, '--filter=type=container')
-        return _spawn((*command, self.filter, *filters), subprocess.DEVNULL), until
+        return _spawn((*command, self.filter, *filters), self.folder, subprocess.DEVNULL), until
 
     def up(self) -> None:
         """Build, create and start the stack, without a deadline."""
@@ -660,6 +667,7 @@ class Action(NamedTuple):
     label: str
     cause: str
     targets: Tuple[str, ...]  # what the command names
+    patience: float = 0.0  # seconds to wait at least
     since: float = 0.0  # when the fault was first seen
     due: float = 0.0
     attempt: int = 1  # the how manieth repair of its service in a row
@@ -700,8 +708,8 @@ def decide(
         streak = history.streaks.get(action.service)
         if streak is None or since - streak.ended >= _STEADY:
             streak = Streak(0, since, since)
-        delay = settings.settle
-        if streak.repairs and action.verb is not Verb.UNPAUSE:
+        delay = max(settings.settle, action.patience)
+        if streak.repairs and (action.verb is not Verb.UNPAUSE or streak.failed == action.container):
             delay = max(delay, min(2.0 ** min(streak.repairs - 1, 9), _LONGEST_DELAY))
         actions.append(action._replace(since=since, due=since + delay, attempt=streak.repairs + 1, began=streak.began))
     return actions
@@ -717,8 +725,9 @@ def _find_faults(
             if verb:
                 lost = verb is Verb.RECREATE or verb is Verb.RESTART and container.health != 'unhealthy'
                 cause = 'its network is gone' if lost else container.condition
-                target = container.id if verb.tool == 'docker' else container.service
-                yield Action(verb, container.service, container.id, container.label, cause, (target,))
+                targets = (container.id,) if verb.tool == 'docker' else _name_with_scale(container.service, own, services)
+                patience = _PATIENCE if verb is Verb.START and _is_somebody_at_work(container, own, services) else 0.0
+                yield Action(verb, container.service, container.id, container.label, cause, targets, patience)
     for name, service in services.items():
         missing = service.scale - sum(c.service == name and c.state is not State.DEAD for c in own)
         if missing > 0 and service.watched:
@@ -747,10 +756,21 @@ def _find_verb(
         return Verb.RESTART if container.health == 'unhealthy' and settings.unhealthy is Unhealthy.RESTART else None
     if _has_done_its_job(container, services):
         return None
-    if state is State.CREATED and not all(_is_met(condition, other, own) for other, condition in service.depends_on.items()):
-        return None  # somebody's `up` waits for what it depends on
     streak = history.streaks.get(name)
     return Verb.UP if streak and container.id == streak.failed else Verb.START
+
+
+def _name_with_scale(name: str, own: Sequence[Container], services: Mapping[str, Service]) -> Tuple[str, ...]:
+    """Return what names the service to `up`, so that containers which somebody has added stay."""
+    count = sum(c.service == name for c in own)
+    return (name, '--scale={}={}'.format(name, count)) if count > services[name].scale else (name,)
+
+
+def _is_somebody_at_work(container: Container, own: Sequence[Container], services: Mapping[str, Service]) -> bool:
+    """Tell whether somebody's `up` may be about to start this created container, once others are ready, or replaced."""
+    needed = services[container.service].depends_on.items()
+    waits = not all(_is_met(condition, other, own) for other, condition in needed if other in services)
+    return container.state is State.CREATED and (waits or any(_is_being_replaced(c, own) for c in own))
 
 
 def _has_done_its_job(container: Container, services: Mapping[str, Service]) -> bool:
@@ -795,6 +815,7 @@ class UpFlag(threading.Event):
         super().__init__()
         self._guard = threading.RLock()
         self._pipe: Tuple[int, ...] = ()  # readable while the flag is down
+        self._pid = os.getpid()  # a fork has a flag of its own, but would share the pipe
         self.set()
 
     @property
@@ -809,14 +830,14 @@ class UpFlag(threading.Event):
     def set(self) -> None:
         """Raise the flag."""
         with self._guard:
-            if self._pipe and not self.is_set():
+            if self._pipe and self._pid == os.getpid() and not self.is_set():
                 os.read(self._pipe[0], 1)
             super().set()
 
     def clear(self) -> None:
         """Lower the flag."""
         with self._guard:
-            if self._pipe and self.is_set():
+            if self._pipe and self._pid == os.getpid() and self.is_set():
                 os.write(self._pipe[1], b'.')
             super().clear()
 
@@ -848,6 +869,7 @@ class _Watch:
         self.definitions: Any = set()  # (service, config hash) of all containers seen
         self.repairs: Dict[Future[str], Tuple[List[Action], float]] = {}  # under way: what, and since when
         self.failures = 0  # repairs that failed
+        self.postponed = False  # whether a repair waits for another one
         self.outage: Optional[float] = None  # when Docker stopped to answer
         self.events: Optional[subprocess.Popen[bytes]] = None
         self.events_opened = self.reopening = self.woken = -math.inf  # woken: when the last event came
@@ -920,7 +942,7 @@ class _Watch:
             seen = {(c.service, c.config_hash) for c in containers}
             if self.services is None or self.definitions and not seen <= self.definitions:  # somebody has deployed changes
                 self._read_services()
-            self.definitions |= seen
+            self.definitions = seen
         except ComposeError as error:
             self._close_events()
             self.events_until = ''
@@ -935,10 +957,11 @@ class _Watch:
         recent = now - self.woken < _AFTERMATH
         services = self.services or {}
         actions = decide(containers, services, self.woken if recent else now, self.history, self.settings)
+        busy = {action.service for group, _ in self.repairs.values() for action in group}
+        actions = [action for action in actions if action.service not in busy]
         self._warn_of_loops(actions, now)
         self.history = self.history._replace(since={action.key: action.since for action in actions})
-        busy = {action.service for group, _ in self.repairs.values() for action in group}
-        self._act([action for action in actions if action.due <= now and action.service not in busy])
+        self._act([action for action in actions if action.due <= now])
         self.notify('STATUS={}\nWATCHDOG=1'.format(_summarize(containers, services, actions)))
         waiting = [now + interval, self.reopening if self.stack.project and not self.events else math.inf]
         waiting += [now + max(0.03, now - self.woken)] if recent else []
@@ -963,13 +986,15 @@ class _Watch:
     def _act(self, actions: Iterable[Action]) -> None:
         """Begin the repairs: one command for all of a kind, but one of its own for each service that Compose failed for."""
         groups: Dict[Tuple[Verb, str], List[Action]] = {}
+        self.postponed = False
         for action in actions:
             streak = self.history.streaks.get(action.service)
             alone = streak is not None and streak.failed == action.service
             groups.setdefault((action.verb, action.service if alone else ''), []).append(action)
         for (verb, _), group in groups.items():
             if verb.tool == 'compose' and any(other[0].verb.tool == 'compose' for other, _ in self.repairs.values()):
-                continue  # two at a time would create the same network twice
+                self.postponed = True  # two at a time would create the same network twice
+                continue
             future = self.pool.submit(_mend, self.stack, group)
             self.repairs[future] = (group, self.clock())
             future.add_done_callback(lambda _: os.write(self.wake[1], b'.'))
@@ -991,14 +1016,14 @@ class _Watch:
                 else:
                     seconds = self.clock() - began
                     logger.info('%s: %s -> %s (%.2f s)', action.label, action.cause, action.verb.done, seconds)
-            if error is not None and group[0].verb.tool == 'compose':
-                self._read_services()  # perhaps it is not declared any more
+            if group[0].verb.tool == 'compose':
+                self._read_services()  # perhaps the service is not declared any more, or with another scale
 
     def _record(self, action: Action, failed: bool) -> None:
         """Remember a repair: its fault is over, or begins anew, and the next one of this service may have to wait."""
         since = {key: seen for key, seen in self.history.since.items() if key != action.key}
         streaks = dict(self.history.streaks)
-        if action.verb is not Verb.UNPAUSE:
+        if failed or action.verb is not Verb.UNPAUSE:
             streaks[action.service] = Streak(action.attempt, action.began, self.clock(), action.targets[0] if failed else '')
         self.history = History(since, streaks)
 
@@ -1022,12 +1047,13 @@ class _Plan(NamedTuple):
 
     settings: Settings
     project: str = ''
+    folder: Optional[str] = None
     services: Optional[Dict[str, Service]] = None
     notify: Notify = str  # takes a message for systemd
 
 
 def _watch(plan: _Plan) -> None:
-    _Watch(_Stack(plan.settings, plan.project, UP_FLAG), plan.services, plan.notify).run()
+    _Watch(_Stack(plan.settings, plan.project, UP_FLAG, plan.folder), plan.services, plan.notify).run()
 
 
 def _watch_in_process(plan: _Plan) -> None:
@@ -1041,7 +1067,11 @@ def _watch_in_process(plan: _Plan) -> None:
             arguments = (theirs, ours, plan, logger.level if plan.notify is _notify else None)
             process = multiprocessing.Process(target=_process_main, args=arguments, daemon=True)
             with contextlib.closing(ours), contextlib.suppress(OSError):  # no process to be had just now
-                process.start()
+                try:
+                    process.start()
+                except (AssertionError, RuntimeError) as error:  # such as: daemonic processes can't have children
+                    _warn('no watcher process can be started ({}); watching in a thread'.format(error))
+                    return _watch(plan)
                 theirs.close()
                 selector.register(ours, selectors.EVENT_READ)
                 selector.select()  # until the flag is lowered, or the process has died and its end of the pipe with it
@@ -1112,10 +1142,13 @@ def docker_compose(settings: Optional[Settings] = None) -> ContextManager[UpFlag
 
 @contextlib.contextmanager
 def _supervise(settings: Optional[Settings], notify: Notify) -> Iterator[UpFlag]:
+    process = sys.modules.get('multiprocessing.process')
+    if process is not None and getattr(process.current_process(), '_inheriting', False):  # a watcher process that starts
+        raise RuntimeError("docker_compose() must stand under `if __name__ == '__main__':`, as multiprocessing wants it")
     settings = _complete(settings)
     stack = _Stack(settings)
     signals = [signal.SIGINT, settings.kill_signal] if _is_main_thread() else []
-    _Signals.exiting = False
+    _Signals.deaf_until = 0.0
     with _handling(signum for signum in signals if callable(signal.getsignal(signum))):
         UP_FLAG.value = True
         stack.unpause()
@@ -1125,18 +1158,18 @@ def _supervise(settings: Optional[Settings], notify: Notify) -> Iterator[UpFlag]
                 stack.up()
                 services, counts = stack.services(), collections.Counter(c.service for c in stack.observe())
                 services = {name: service._replace(scale=counts[name]) for name, service in services.items()}
-                with _watching(_Plan(settings, stack.project, services, notify)):
+                with _watching(_Plan(settings, stack.project, stack.folder, services, notify)):
                     notify('READY=1')
                     yield UP_FLAG
                 failed = False
             finally:
-                _Signals.exiting = True  # from here on, further signals are only noted
+                _Signals.deaf_until = math.inf  # from here on, further signals are only noted
         finally:  # twice, for a signal that comes before that
             with _handling(signals):
                 UP_FLAG.value = False
                 notify('STOPPING=1')
                 _stop(stack, failed)
-            _Signals.exiting = False
+            _Signals.deaf_until = 0.0
 
 
 def _stop(stack: _Stack, failed: bool) -> None:
@@ -1169,8 +1202,9 @@ class _Signals:
 
     number: Optional[int] = None  # the kill signal
     previous: Dict[int, Any] = {}  # the handlers that flask_exit replaced
-    exiting = False  # from the first signal, or the beginning of the clean-up, on
-    noted: List[int] = []  # signals that came later
+    deaf_until = 0.0  # monotonic: for a second from a signal on (it may come twice), and during the clean-up
+    noted: List[int] = []  # signals that came while deaf
+    held: Optional[List[int]] = None  # signals that came while the main thread started a process
 
 
 def flask_exit(signum: Optional[int] = None, frame: Any = None) -> None:
@@ -1185,10 +1219,12 @@ def flask_exit(signum: Optional[int] = None, frame: Any = None) -> None:
         environ = flask.request.environ if flask is not None and flask.has_request_context() else {}
         kill_signal = _Signals.number or Settings.load().kill_signal
         environ.get('werkzeug.server.shutdown', lambda: os.kill(os.getpid(), kill_signal))()
-    elif _Signals.exiting:
+    elif _Signals.held is not None:
+        _Signals.held.append(signum)
+    elif time.monotonic() < _Signals.deaf_until:
         _Signals.noted.append(signum)
     else:
-        _Signals.exiting = True
+        _Signals.deaf_until = time.monotonic() + 1.0
         previous = _Signals.previous.get(signum)
         if not callable(previous):
             raise KeyboardInterrupt
@@ -1200,8 +1236,22 @@ def register(settings: Optional[Settings] = None) -> None:
     settings = Settings.load() if settings is None else settings
     if not _is_main_thread():
         raise ValueError('register() must be called in the main thread: Python handles signals there')
-    _Signals.number, _Signals.exiting = settings.kill_signal, False
+    _Signals.number, _Signals.deaf_until = settings.kill_signal, 0.0
     _hook(settings.kill_signal)
+
+
+@contextlib.contextmanager
+def _holding_signals() -> Iterator[None]:
+    """Let signals wait until the end of the block."""
+    if _is_main_thread():
+        _Signals.held = []
+    try:
+        yield
+    finally:
+        if _is_main_thread():
+            held, _Signals.held = _Signals.held, None
+            for signum in held or []:
+                flask_exit(signum)
 
 
 def _is_main_thread() -> bool:
@@ -1250,12 +1300,14 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         if command == 'run':
             return _run_until_signal(settings)
         stack = _Stack(_complete(settings))
-        return _status(stack, as_json) if command == 'status' else _explain(stack) if dry_run else _check(stack)
+        code = _status(stack, as_json) if command == 'status' else _explain(stack) if dry_run else _check(stack)
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         return 1
-    except (ValueError, ComposeError) as error:
+    except (ValueError, ComposeError, OSError) as error:
         print('broapt_compose: {}'.format(error), file=sys.stderr)
-        return 1 if isinstance(error, ComposeError) else 2
+        return 2 if isinstance(error, ValueError) else 1
 
 
 def _make_parser() -> Any:
@@ -1299,8 +1351,9 @@ def _run_until_signal(settings: Settings) -> int:
     try:
         with _supervise(settings, _notify):
             logger.info('the stack is up and watched; %s or Ctrl+C stops it', signal.Signals(settings.kill_signal).name)
-            while True:  # not one endless wait: a signal that the kernel gives to another thread would not end it
-                threading.Event().wait(1.0)
+            with contextlib.suppress(KeyboardInterrupt):
+                while True:  # not one endless wait: a signal that the kernel gives to another thread would not end it
+                    threading.Event().wait(1.0)
     except KeyboardInterrupt:
         pass
     finally:
@@ -1328,9 +1381,9 @@ def _check(stack: _Stack) -> int:
         while watch.clock() < settled:
             watch.wait(settled - watch.clock())
         watch.cycle()
-        while watch.repairs:
+        while watch.repairs:  # one Compose command at a time: what had to wait is next
             watch.wait(stack.settings.interval)
-            watch.finish_repairs()
+            (watch.cycle if watch.postponed else watch.finish_repairs)()
         return 1 if watch.outage is not None or watch.failures else 0
 
 

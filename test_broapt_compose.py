@@ -189,7 +189,7 @@ def _same_world(monkeypatch):
     yield
     bc.UP_FLAG.value = True
     bc._Signals.previous.clear()
-    bc._Signals.exiting, bc._Signals.number = False, None
+    bc._Signals.deaf_until, bc._Signals.number = 0.0, None
     for signum, handler in handlers.items():
         signal.signal(signum, handler)
 
@@ -435,6 +435,45 @@ def test_services_are_read_from_what_both_generations_print(text):
     }
 
 
+def test_signal_while_a_process_is_started_waits_until_it_is_known():
+    bc.register(Settings())
+    with pytest.raises(KeyboardInterrupt):
+        with bc._holding_signals():
+            os.kill(os.getpid(), signal.SIGTERM)
+            done = threading.Event().wait(0.01) is False
+    assert done
+
+
+def test_fork_that_lowers_its_flag_does_not_disturb_the_parents(docker):
+    flag = bc.UpFlag()
+    flag.fileno()
+    child = os.fork()
+    if not child:
+        flag.value = False
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert flag.value and not select.select([flag], [], [], 0)[0]
+
+
+def test_commands_run_in_the_folder_where_it_began(docker, tmp_path, monkeypatch):
+    stack = bc._Stack(FAST)
+    (docker.folder / 'docker').write_text('#!/bin/sh\npwd\n')
+    monkeypatch.chdir(str(docker.folder))
+    assert (stack.compose('config'), bc._Stack(FAST).compose('config')) == (str(HERE) + '\n', str(docker.folder) + '\n')
+
+
+def test_failed_stop_at_the_end_of_a_run_is_exit_code_1(docker):
+    failing = {'code': 1, 'err': 'no way'}
+    play_stack(docker, [SIDE], 'services: {side: {image: busybox}}', compose_stop=failing, stop=failing, kill=failing)
+    host = subprocess.Popen([sys.executable, str(MODULE), '--prune', 'none'], stderr=subprocess.PIPE, universal_newlines=True)
+    lines = iter(host.stderr)
+    assert any('the stack is up' in line for line in lines)
+    host.terminate()
+    assert list(lines)[-1] == 'broapt_compose: docker kill side1: exit code 1: no way\n'
+    assert host.wait(20) == 1
+    host.stderr.close()
+
+
 def test_signals_work_again_after_the_end(docker):
     play_stack(docker, [SIDE], 'services: {side: {image: busybox}}')
     bc.register(FAST)
@@ -445,7 +484,10 @@ def test_signals_work_again_after_the_end(docker):
         threading.Event().wait(10)
 
 
-def test_service_with_a_profile_is_not_expected():
+def test_service_with_a_profile_is_not_expected_of_compose_1():
+    assert bc._parse_services('name: shop\nservices:\n  debug:\n    profiles:\n    - debug\n    scale: 2\n') == {
+        'debug': Service(scale=2)
+    }
     assert bc._parse_services('services:\n  debug:\n    profiles:\n    - debug\n    scale: 2\n') == {'debug': Service(scale=0)}
 
 
@@ -572,8 +614,6 @@ ROWS = [
     ('killed db is started', {'db': make('db', 'exited')}, [('start', 'db', 'exited (137)')]),
     ('db that ended with 0 is started', {'db': make('db', 'exited', exit_code=0)}, [('start', 'db', 'exited (0)')]),
     ('created db is started', {'db': make('db', 'created')}, [('start', 'db', 'created')]),
-    ('created core waits until db is healthy', {'core': make(state='created'), 'db': make('db', health='starting')}, []),
-    ('created core waits until init has ended', {'core': make(state='created'), 'init': make('init')}, []),
     ('exited core waits for nothing', {'core': make(state='exited'), 'db': make('db', health='starting')},
      [('start', 'core', 'exited (137)')]),
     ('dead db is removed, then it is missing', {'db': make('db', 'dead')}, [('remove', 'db', 'dead'), ('create', 'db', 'missing')]),
@@ -615,6 +655,33 @@ ROWS = [
 @pytest.mark.parametrize('changes, actions', [row[1:] for row in ROWS], ids=[row[0] for row in ROWS])
 def test_decide(changes, actions):
     assert found(look(**changes)) == actions
+
+
+@pytest.mark.parametrize(
+    'changes, seconds',
+    [
+        ({'core': make(state='created')}, 0),
+        ({'core': make(state='created'), 'db': make('db', health='starting')}, 60),
+        ({'core': make(state='created'), 'init': make('init')}, 60),
+        ({'core': make(state='created'), 'side': [make('side', 'created', id='new'), make('side', network_owner='core1')]}, 60),
+        ({'core': make(), 'db': make('db', 'created')}, 0),
+    ],
+)
+def test_created_container_waits_a_minute_at_most_for_somebody_who_may_be_about_to_start_it(changes, seconds):
+    actions = bc.decide(look(**changes), SERVICES, NOW, History(), FAST)
+    assert [(action.verb, action.due) for action in actions] == [(Verb.START, NOW + seconds)]
+
+
+def test_containers_that_somebody_has_added_stay_when_compose_brings_up_their_service():
+    containers = look(db=[make('db', 'exited'), make('db', number='2')])
+    history = History({}, {'db': Streak(1, NOW - 2, NOW - 1, 'db1')})
+    assert [action.targets for action in bc.decide(containers, SERVICES, NOW, history, FAST)] == [('db', '--scale=db=2')]
+
+
+def test_unpausing_that_fails_is_tried_less_and_less_often():
+    history = History({}, {'core': Streak(3, NOW - 9, NOW - 1, 'core1')})
+    (action,) = bc.decide(look(core=make(state='paused')), SERVICES, NOW, history, FAST)
+    assert action.due == NOW + 4
 
 
 def test_decide_names_the_owner_of_the_network_too_when_a_container_is_created():
@@ -792,7 +859,7 @@ def test_container_that_cannot_be_started_is_brought_up_by_compose(docker, caplo
 
 def test_slow_repair_holds_up_no_other_service_and_is_not_begun_twice(docker):
     lines = [line('core', 'running', 'Up 1 minute (unhealthy)'), SIDE]
-    play_stack(docker, lines, PLAIN, restart={'hang': True}, inspect={'out': '120\nnull\n'})
+    play_stack(docker, lines, PLAIN, restart={'hang': True}, inspect={})
     with watch() as w:
         w.cycle()
         assert eventually(lambda: ['restart', 'core1'] in docker.calls())
@@ -1742,8 +1809,9 @@ def test_end_comes_at_once_although_a_repair_builds_for_hours(project):
 def test_signal_at_any_moment_ends_in_a_complete_clean_up_and_exit_code_0(project_2, signum):
     project, chance = project_2.write(PAIR), random.Random(int(signum))
     for _ in range(ROUNDS):
-        with Host([sys.executable, str(MODULE), *project.options('--prune', 'project')], project.folder / 'log') as host:
-            threading.Event().wait(chance.uniform(0.3, 4))
+        with Host([sys.executable, str(MODULE), '--verbose', *project.options()], project.folder / 'log') as host:
+            assert host.says('running docker')  # before, Python itself may still be starting
+            threading.Event().wait(chance.uniform(0, 3))
             for pause in (chance.uniform(0, 1), 0.1, 0):
                 with contextlib.suppress(ProcessLookupError):
                     host.process.send_signal(signum)
