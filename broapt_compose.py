@@ -92,8 +92,6 @@ _RESPAWN = 0.5  # seconds before a watcher process that died is started again
 
 
 # -- exceptions ------------------------------------------------------------------------------------------------------
-
-
 class ComposeWarning(Warning):
     """The containers could not be polled, a service is in a crash loop, or a clean-up failed."""
 
@@ -160,7 +158,9 @@ def _parse_seconds(value: Any) -> float:
 
 
 def _parse_positive(value: Any) -> float:
-    return _parse_seconds(value) or _parse_seconds('nan')
+    if _parse_seconds(value) == 0:
+        raise ValueError
+    return _parse_seconds(value)
 
 
 def _parse_signal(value: Any) -> int:
@@ -260,8 +260,6 @@ def _find_const() -> Any:
 
 
 # -- records ---------------------------------------------------------------------------------------------------------
-
-
 class State(enum.Enum):
     """The states of a container, in Docker's words."""
 
@@ -372,8 +370,6 @@ def _parse_services(text: str) -> Dict[str, Service]:
 
 
 # -- the Docker layer ------------------------------------------------------------------------------------------------
-
-
 def _spawn(command: Sequence[str], folder: Optional[str] = None, errors: int = subprocess.PIPE) -> 'subprocess.Popen[bytes]':
     """Start *command*, in a session of its own so that Ctrl+C in the terminal does not reach it."""
     environment = None
@@ -514,7 +510,7 @@ class _Stack:
         self.details = {c.id: details[c.id] for c in containers if c.id in details}
         for index, c in enumerate(containers):
             owner, started_at = details.get(c.id, (c.network_owner, ''))
-            health = 'starting' if c.id in well else c.health
+            health = 'starting' if c.id in well and c.health == 'unhealthy' else c.health
             containers[index] = c._replace(network_owner=owner, started_at=started_at, health=health)
         return containers
 
@@ -639,8 +635,6 @@ def _complete(settings: Optional[Settings]) -> Settings:
 
 
 # -- decide ----------------------------------------------------------------------------------------------------------
-
-
 class Verb(enum.Enum):
     """What mends a fault: the word for it in the log, then the command and its arguments."""
 
@@ -670,7 +664,7 @@ class Action(NamedTuple):
     patience: float = 0.0  # seconds to wait at least
     since: float = 0.0  # when the fault was first seen
     due: float = 0.0
-    attempt: int = 1  # the how manieth repair of its service in a row
+    attempt: int = 1  # 1 for the first repair of its service in a row, 2 for the next
     began: float = 0.0  # when the first fault of that row was seen
 
     @property
@@ -806,8 +800,6 @@ def _mend(stack: _Stack, group: Sequence[Action]) -> str:
 
 
 # -- the watcher -----------------------------------------------------------------------------------------------------
-
-
 class UpFlag(threading.Event):
     """A flag that is up while the stack shall run; lowering it wakes the watcher at once."""
 
@@ -825,21 +817,18 @@ class UpFlag(threading.Event):
 
     @value.setter
     def value(self, up: bool) -> None:
-        (self.set if up else self.clear)()
+        with self._guard:
+            if self._pipe and self._pid == os.getpid() and up != self.is_set():
+                _ = os.read(self._pipe[0], 1) if up else os.write(self._pipe[1], b'.')
+            (super().set if up else super().clear)()
 
     def set(self) -> None:
         """Raise the flag."""
-        with self._guard:
-            if self._pipe and self._pid == os.getpid() and not self.is_set():
-                os.read(self._pipe[0], 1)
-            super().set()
+        self.value = True
 
     def clear(self) -> None:
         """Lower the flag."""
-        with self._guard:
-            if self._pipe and self._pid == os.getpid() and self.is_set():
-                os.write(self._pipe[1], b'.')
-            super().clear()
+        self.value = False
 
     def fileno(self) -> int:
         """Return a file descriptor that is readable while the flag is down; it lives as long as the flag."""
@@ -946,7 +935,8 @@ class _Watch:
         except ComposeError as error:
             self._close_events()
             self.events_until = ''
-            self.history = self.history._replace(since={})  # nothing is repaired on the strength of old knowledge
+            self.stack.details = {}  # nothing is repaired on the strength of old knowledge
+            self.history = self.history._replace(since={})
             if self.outage is None:
                 self.outage = now
                 _warn('Docker does not answer; trying again every {:g} s: {}'.format(interval, error))
@@ -1040,23 +1030,11 @@ def _ordinal(number: int) -> str:
 
 
 # -- the watcher as a thread or a process ----------------------------------------------------------------------------
+def _watch(stack: _Stack, services: Optional[Mapping[str, Service]] = None, notify: Notify = str) -> None:
+    _Watch(_Stack(stack.settings, stack.project, UP_FLAG, stack.folder), services, notify).run()
 
 
-class _Plan(NamedTuple):
-    """All that a watcher starts with; it travels to a watcher process."""
-
-    settings: Settings
-    project: str = ''
-    folder: Optional[str] = None
-    services: Optional[Dict[str, Service]] = None
-    notify: Notify = str  # takes a message for systemd
-
-
-def _watch(plan: _Plan) -> None:
-    _Watch(_Stack(plan.settings, plan.project, UP_FLAG, plan.folder), plan.services, plan.notify).run()
-
-
-def _watch_in_process(plan: _Plan) -> None:
+def _watch_in_process(stack: _Stack, services: Mapping[str, Service], notify: Notify) -> None:
     """Keep a watcher process running while the flag is up."""
     import multiprocessing
 
@@ -1064,14 +1042,14 @@ def _watch_in_process(plan: _Plan) -> None:
         selector.register(UP_FLAG, selectors.EVENT_READ)
         while UP_FLAG.value:
             ours, theirs = multiprocessing.Pipe()
-            arguments = (theirs, ours, plan, logger.level if plan.notify is _notify else None)
+            arguments = (theirs, ours, stack, services, notify, logger.level if notify is _notify else None)
             process = multiprocessing.Process(target=_process_main, args=arguments, daemon=True)
             with contextlib.closing(ours), contextlib.suppress(OSError):  # no process to be had just now
                 try:
                     process.start()
                 except (AssertionError, RuntimeError) as error:  # such as: daemonic processes can't have children
                     _warn('no watcher process can be started ({}); watching in a thread'.format(error))
-                    return _watch(plan)
+                    return _watch(stack, services, notify)
                 theirs.close()
                 selector.register(ours, selectors.EVENT_READ)
                 selector.select()  # until the flag is lowered, or the process has died and its end of the pipe with it
@@ -1082,16 +1060,18 @@ def _watch_in_process(plan: _Plan) -> None:
                 _warn('the watcher process has died (exit code {}); starting it again'.format(process.exitcode))
 
 
-def _process_main(channel: Any, parents_end: Any, plan: _Plan, level: Optional[int]) -> None:
+def _process_main(
+    channel: Any, parents_end: Any, stack: _Stack, services: Mapping[str, Service], notify: Notify, level: Optional[int]
+) -> None:
     """Watch in a process of its own, until the parent closes its end of the channel or is gone."""
     parents_end.close()  # with this copy open, the end of the parent would go unnoticed
-    for signum in (signal.SIGINT, plan.settings.kill_signal):
+    for signum in (signal.SIGINT, stack.settings.kill_signal):
         signal.signal(signum, lambda *_: None)  # the parent's business; not SIG_IGN, which commands would inherit
     UP_FLAG.__init__()  # type: ignore[misc]  # a forked copy would wake the parent's watcher
     if level is not None:  # on the command line: a process that is not forked has to be told
         _set_up_logging(level)
     threading.Thread(target=_lower_with_parent, args=(channel, os.getppid()), daemon=True).start()
-    _watch(plan)
+    _watch(stack, services, notify)
 
 
 def _lower_with_parent(channel: Any, parent: int) -> None:
@@ -1102,8 +1082,6 @@ def _lower_with_parent(channel: Any, parent: int) -> None:
 
 
 # -- the functions for the host --------------------------------------------------------------------------------------
-
-
 def start_container(settings: Optional[Settings] = None) -> None:
     """Bring the stack up (`up --build --detach`), unpausing first what was left paused. There is no deadline.
 
@@ -1128,7 +1106,7 @@ def watch_container(settings: Optional[Settings] = None) -> None:
     That Docker does not answer is a ComposeWarning, and it goes on trying. Raises ComposeError only if there is no
     Compose command at all, ValueError for a bad setting.
     """
-    _watch(_Plan(_complete(settings)))
+    _watch(_Stack(_complete(settings)))
 
 
 def docker_compose(settings: Optional[Settings] = None) -> ContextManager[UpFlag]:
@@ -1147,7 +1125,7 @@ def _supervise(settings: Optional[Settings], notify: Notify) -> Iterator[UpFlag]
         raise RuntimeError("docker_compose() must stand under `if __name__ == '__main__':`, as multiprocessing wants it")
     settings = _complete(settings)
     stack = _Stack(settings)
-    signals = [signal.SIGINT, settings.kill_signal] if _is_main_thread() else []
+    signals = {int(signal.SIGINT), settings.kill_signal} if _is_main_thread() else set()
     _Signals.deaf_until = 0.0
     with _handling(signum for signum in signals if callable(signal.getsignal(signum))):
         UP_FLAG.value = True
@@ -1158,13 +1136,13 @@ def _supervise(settings: Optional[Settings], notify: Notify) -> Iterator[UpFlag]
                 stack.up()
                 services, counts = stack.services(), collections.Counter(c.service for c in stack.observe())
                 services = {name: service._replace(scale=counts[name]) for name, service in services.items()}
-                with _watching(_Plan(settings, stack.project, stack.folder, services, notify)):
+                with _watching(stack, services, notify):
                     notify('READY=1')
                     yield UP_FLAG
                 failed = False
             finally:
                 _Signals.deaf_until = math.inf  # from here on, further signals are only noted
-        finally:  # twice, for a signal that comes before that
+        finally:  # nested, for a signal may come before that
             with _handling(signals):
                 UP_FLAG.value = False
                 notify('STOPPING=1')
@@ -1183,9 +1161,9 @@ def _stop(stack: _Stack, failed: bool) -> None:
 
 
 @contextlib.contextmanager
-def _watching(plan: _Plan) -> Iterator[None]:
-    target = _watch_in_process if plan.settings.watcher is Watcher.PROCESS else _watch
-    thread = threading.Thread(target=target, args=(plan,), name='broapt-watchdog', daemon=True)
+def _watching(stack: _Stack, *plan: Any) -> Iterator[None]:
+    target = _watch_in_process if stack.settings.watcher is Watcher.PROCESS else _watch
+    thread = threading.Thread(target=target, args=(stack, *plan), name='broapt-watchdog', daemon=True)
     thread.start()
     try:
         yield
@@ -1195,8 +1173,6 @@ def _watching(plan: _Plan) -> Iterator[None]:
 
 
 # -- signals ---------------------------------------------------------------------------------------------------------
-
-
 class _Signals:
     """What the signal handler knows. Plain attributes, since a handler must take no lock."""
 
@@ -1285,8 +1261,6 @@ def _handling(signals: Iterable[int]) -> Iterator[None]:
 
 
 # -- the command line ------------------------------------------------------------------------------------------------
-
-
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the command line; return the exit code: 0 fine, 1 Docker failed or a fault was found, 2 bad usage or setting."""
     parser = _make_parser()

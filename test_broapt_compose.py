@@ -500,6 +500,30 @@ def test_unhealthy_without_a_failure_is_what_docker_says_after_a_pause(docker, s
     assert docker.calls()[-1][-1:] == ['core1']
 
 
+def test_network_owner_and_start_times_are_asked_when_new_or_young_and_health_stays(docker):
+    side = line('side', 'running', 'Up 2 minutes (healthy)', networks='')
+    details = [
+        ['side1', 'container:core1', {'StartedAt': '2Z'}],
+        ['core1', 'default', {'StartedAt': '1.5Z', 'Health': {'FailingStreak': 0}}],
+    ]
+    play_stack(
+        docker, [side, line('core', 'running', 'Up 3 minutes')], inspect={'out': ''.join(json.dumps(d) + '\n' for d in details)}
+    )
+    stack = bc._Stack(FAST, 'shop')
+    for _ in range(3):
+        looked = stack.observe()
+    assert [(c.network_owner, c.started_at, c.health) for c in looked] == [('core1', '2', 'healthy'), ('', '1.5', '')]
+    asked = [call[3:] for call in docker.calls() if call[0] == 'inspect']
+    assert asked == [['side1']]  # both answers came at once here; nothing young, nothing asked again
+    play_stack(
+        docker,
+        [side, line('core', 'running', 'Up 3 seconds')],
+        inspect={'out': json.dumps(['core1', 'default', {'StartedAt': '3Z'}]) + '\n'},
+    )
+    assert [c.started_at for c in stack.observe()] == ['2', '3']
+    assert docker.calls()[-1][3:] == ['core1']
+
+
 # -- the process layer -----------------------------------------------------------------------------------------------
 
 
@@ -1775,6 +1799,34 @@ def test_grace_period_is_kept_although_the_timeout_is_shorter(project):
         assert len(project.ids()) == 1
     assert (project.folder / 'end').read_text() == 'in time\n'
     assert project.ids() == []
+
+
+@needs_docker
+def test_stack_ends_gracefully_although_its_file_is_broken_by_then_or_lacks_a_service(project_2):
+    command = 'sh -c \'trap "echo in time > /out/$0; exit" TERM; while :; do sleep 0.1; done\' {}'
+    service = "  {}: {{image: busybox, command: {}, volumes: ['.:/out']}}\n"
+    whole = 'services:\n' + ''.join(service.format(name, json.dumps(command.format(name))) for name in ('core', 'side'))
+    project = project_2
+    for text in (whole + 'junk: [', whole.replace('  side:', '  other:')):
+        with project.write(whole).watchdog():
+            assert len(project.ids()) == 2
+            project.write(text)
+        for name in ('core', 'side'):
+            assert (project.folder / name).read_text() == 'in time\n'
+            (project.folder / name).unlink()
+
+
+@needs_docker
+def test_scale_that_was_changed_in_the_file_is_the_one_that_counts(project):
+    text = PAIR.replace('image', 'scale: N, image', 1)
+    with project.write(text.replace('N', '3')).watchdog() as watchdog:
+        project.write(text.replace('N', '1')).compose('up', '-d')
+        project.docker('pause', *project.ids('side'))
+        assert watchdog.says('side: paused -> unpaused')
+        project.write(text.replace('N', '2')).compose('up', '-d')
+        project.docker('rm', '-f', *project.ids('side'))
+        assert watchdog.says('side: missing -> created')
+        assert eventually(lambda: len(project.ids('core')) == 2) and 'crash loop' not in watchdog.log()
 
 
 @needs_docker
