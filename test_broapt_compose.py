@@ -1561,7 +1561,7 @@ def test_fault_is_repaired_without_touching_the_neighbours(watched, fault):
     concerned, act = FAULTS[fault]
     before = watched.look()
     act(watched)
-    assert eventually(lambda: watched.is_well() and (fault == 'paused' or watched.look() != before)), watched.look()
+    assert eventually(lambda: watched.is_well() and (fault == 'paused' or watched.look() != before), 60), watched.look()
     after = watched.look()
     for ident, container in before.items():
         if container[0] not in concerned or fault == 'paused':
