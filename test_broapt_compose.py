@@ -1340,7 +1340,7 @@ def test_module_documents_itself():
 # -- on a real engine: what is used by all of these tests ------------------------------------------------------------
 
 COMPOSE = {'Compose 1.29': ('docker-compose',), 'Compose 2': ('docker', 'compose')}
-ROUNDS = int(os.environ.get('BROAPT_TEST_ROUNDS', '3'))  # of each thing that people do by hand
+ROUNDS = int(os.environ.get('BROAPT_TEST_ROUNDS', '2'))  # of each thing that people do by hand
 needs_docker = pytest.mark.docker
 
 STACK = """\
