@@ -1137,11 +1137,14 @@ def _supervise(settings: Optional[Settings], notify: Notify) -> Iterator[UpFlag]
                 services, counts = stack.services(), collections.Counter(c.service for c in stack.observe())
                 services = {name: service._replace(scale=counts[name]) for name, service in services.items()}
                 with _watching(stack, services, notify):
-                    notify('READY=1')
-                    yield UP_FLAG
+                    try:
+                        notify('READY=1')
+                        yield UP_FLAG
+                    finally:
+                        _Signals.deaf_until = math.inf  # from here on, further signals are only noted
                 failed = False
             finally:
-                _Signals.deaf_until = math.inf  # from here on, further signals are only noted
+                _Signals.deaf_until = math.inf
         finally:  # nested, for a signal may come before that
             with _handling(signals):
                 UP_FLAG.value = False

@@ -474,6 +474,14 @@ def test_failed_stop_at_the_end_of_a_run_is_exit_code_1(docker):
     host.stderr.close()
 
 
+def test_signal_while_the_watcher_is_being_ended_is_only_noted(docker, monkeypatch):
+    play_stack(docker, [SIDE], 'services: {side: {image: busybox}}')
+    monkeypatch.setattr(threading.Thread, 'join', lambda thread: os.kill(os.getpid(), signal.SIGTERM))
+    with bc.docker_compose(FAST):
+        pass
+    assert repairs(docker)[-1][0] == 'rm'
+
+
 def test_signals_work_again_after_the_end(docker):
     play_stack(docker, [SIDE], 'services: {side: {image: busybox}}')
     bc.register(FAST)
