@@ -1326,11 +1326,10 @@ def _run_until_signal(settings: Settings) -> int:
     if usec.isdigit():  # check twice as often as systemd wants to hear of it: sd_watchdog_enabled(3)
         settings = settings._replace(interval=min(settings.interval, max(int(usec), 1) / 2e6))
     try:
-        with _supervise(settings, _notify):
+        with _supervise(settings, _notify), contextlib.suppress(KeyboardInterrupt):
             logger.info('the stack is up and watched; %s or Ctrl+C stops it', signal.Signals(settings.kill_signal).name)
-            with contextlib.suppress(KeyboardInterrupt):
-                while True:  # not one endless wait: a signal that the kernel gives to another thread would not end it
-                    threading.Event().wait(1.0)
+            while True:  # not one endless wait: a signal that the kernel gives to another thread would not end it
+                threading.Event().wait(1.0)
     except KeyboardInterrupt:
         pass
     finally:

@@ -476,7 +476,15 @@ def test_failed_stop_at_the_end_of_a_run_is_exit_code_1(docker):
 
 def test_signal_while_the_watcher_is_being_ended_is_only_noted(docker, monkeypatch):
     play_stack(docker, [SIDE], 'services: {side: {image: busybox}}')
-    monkeypatch.setattr(threading.Thread, 'join', lambda thread: os.kill(os.getpid(), signal.SIGTERM))
+    join = threading.Thread.join
+
+    def join_interrupted(thread, *arguments):
+        if thread.name == 'broapt-watchdog':
+            os.kill(os.getpid(), signal.SIGTERM)
+        join(thread, *arguments)
+
+    monkeypatch.setattr(threading.Thread, 'join', join_interrupted)
+    bc.register(FAST)
     with bc.docker_compose(FAST):
         pass
     assert repairs(docker)[-1][0] == 'rm'
