@@ -1782,7 +1782,7 @@ def test_clean_up_deletes_what_belongs_to_the_project_and_nothing_else(project, 
         other.compose('up', '-d')
         other.compose('stop')
         other.compose('run', '-d', 'core', 'true')
-        project.docker('run', '--name', names[0], '-v', names[1] + ':/data', 'busybox', 'true')
+        project.docker('run', '--network', 'none', '--name', names[0], '-v', names[1] + ':/data', 'busybox', 'true')
         project.docker('network', 'create', names[2])
         strangers = list_belongings(other) | {*names, *images[1:]}
         with bc.docker_compose(project.settings(prune=prune)):
