@@ -1842,7 +1842,8 @@ def test_stack_ends_gracefully_although_its_file_is_broken_by_then_or_lacks_a_se
 
 
 @needs_docker
-def test_scale_that_was_changed_in_the_file_is_the_one_that_counts(project):
+def test_scale_that_was_changed_in_the_file_is_the_one_that_counts(project_2):
+    project = project_2
     text = PAIR.replace('image', 'scale: N, image', 1)
     with project.write(text.replace('N', '3')).watchdog() as watchdog:
         project.write(text.replace('N', '1')).compose('up', '-d')
@@ -2400,7 +2401,8 @@ def test_odd_names_of_folders_files_and_services_are_only_names(project, monkeyp
 
 
 @needs_docker
-def test_secrets_appear_nowhere(project):
+def test_secrets_appear_nowhere(project_2):
+    project = project_2
     text = PAIR + "  loop: {image: busybox, command: sh -c 'exit 7', environment: {TOKEN: canary-2, OTHER: '${CANARY}'}}\n"
     project.write(text)
     project.environment = dict(os.environ, CANARY='canary-1', DOCKER_PASSWORD='canary-3')
