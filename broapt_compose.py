@@ -38,6 +38,7 @@ BROAPT_COMPOSE_COMMAND  the Compose command; else the first of the two that answ
 import collections
 import contextlib
 import enum
+import functools
 import importlib
 import json
 import logging
@@ -52,21 +53,7 @@ import sys
 import threading
 import time
 import warnings
-from typing import (
-    Any,
-    Callable,
-    ContextManager,
-    Dict,
-    Iterable,
-    Iterator,
-    List,
-    Mapping,
-    NamedTuple,
-    Optional,
-    Sequence,
-    Set,
-    Tuple,
-)
+from typing import Any, Callable, ContextManager, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 __version__ = '1.0.0'
 __all__ = [
@@ -150,17 +137,11 @@ def _parse_files(value: Any) -> Tuple[str, ...]:
     return files
 
 
-def _parse_seconds(value: Any) -> float:
+def _parse_seconds(value: Any, least: float = 0.0) -> float:
     seconds = float(value)
-    if not 0 <= seconds < math.inf or isinstance(value, bool):
+    if not least <= seconds < math.inf or isinstance(value, bool):
         raise ValueError
     return seconds
-
-
-def _parse_positive(value: Any) -> float:
-    if _parse_seconds(value) == 0:
-        raise ValueError
-    return _parse_seconds(value)
 
 
 def _parse_signal(value: Any) -> int:
@@ -186,6 +167,7 @@ class _Option(NamedTuple):
     help: str
 
 
+_parse_positive = functools.partial(_parse_seconds, least=sys.float_info.min)
 _POSITIVE = 'a number of seconds greater than 0'
 _OPTIONS = (
     _Option('docker_compose', ('-f', '--file', '--docker-compose'), _parse_files, 'a readable file',
@@ -237,7 +219,7 @@ class Settings(NamedTuple):
             name = field.upper()
             sources = {
                 max(flags[:2], key=len): given.get(field),
-                'const.' + name: getattr(const, name, None),
+                'const.' + name: getattr(const, name, None) if field in cls._fields[:3] else None,
                 'BROAPT_' + name: os.environ.get('BROAPT_' + name) or None,
             }
             for source, value in [(source, value) for source, value in sources.items() if value is not None][:1]:
@@ -260,18 +242,11 @@ def _find_const() -> Any:
 
 
 # -- records ---------------------------------------------------------------------------------------------------------
-class State(enum.Enum):
-    """The states of a container, in Docker's words."""
-
-    CREATED = 'created'
-    RUNNING = 'running'
-    PAUSED = 'paused'
-    RESTARTING = 'restarting'
-    REMOVING = 'removing'
-    EXITED = 'exited'
-    DEAD = 'dead'
-
-
+# The states of a container, in Docker's words.
+State = enum.Enum('State', [
+    ('CREATED', 'created'), ('RUNNING', 'running'), ('PAUSED', 'paused'), ('RESTARTING', 'restarting'),
+    ('REMOVING', 'removing'), ('EXITED', 'exited'), ('DEAD', 'dead'),
+])  # fmt: skip
 _ALIVE = (State.RUNNING, State.PAUSED, State.RESTARTING)
 
 
@@ -460,7 +435,7 @@ class _Stack:
         self.folder = folder or os.getcwd()  # stays, whatever the host does with its own
         self.project = project  # '' while there is no container to read it off
         self.cancel = cancel  # a file; once it is readable, commands are cancelled
-        self.declared: Set[str] = set()  # the services of the Compose files, once they have been read
+        self.declared: Sequence[str] = ()  # the services of the Compose files, once they have been read
         self.details: Dict[str, Tuple[str, str]] = {}  # id -> network owner, start time
 
     def docker(self, *arguments: str, limit: Optional[float] = None) -> str:
@@ -524,7 +499,7 @@ class _Stack:
     def services(self) -> Dict[str, Service]:
         """Return the services that the Compose files declare now."""
         services = _parse_services(self.compose('config'))
-        self.declared = set(services)
+        self.declared = tuple(services)
         return services
 
     def longest_grace(self, ids: Sequence[str]) -> float:
@@ -566,7 +541,7 @@ class _Stack:
         """Stop the stack gracefully, kill what outlasts its time, and clean up in any case."""
         limit = self.settings.timeout
         try:
-            self.declared = self.declared or set(self.services())
+            self.declared = self.declared or tuple(self.services())
             limit += self.longest_grace([c.id for c in self.unpause()])
             self.compose('stop', limit=limit)
         except ComposeError as error:
@@ -696,12 +671,14 @@ def decide(
 
     *containers*: newest first; *now*: seconds of a monotonic clock.
     """
-    actions = []
+    actions, known = [], {'', *services, *(c.id for c in containers)}
     for action in _find_faults(containers, services, history, settings):
         since = history.since.get(action.key, now)
         streak = history.streaks.get(action.service)
         if streak is None or since - streak.ended >= _STEADY:
             streak = Streak(0, since, since)
+        elif streak.failed not in known:  # it failed because somebody removed the container
+            streak = streak._replace(repairs=streak.repairs - 1)
         delay = max(settings.settle, action.patience)
         if streak.repairs and (action.verb is not Verb.UNPAUSE or streak.failed == action.container):
             delay = max(delay, min(2.0 ** min(streak.repairs - 1, 9), _LONGEST_DELAY))
@@ -858,12 +835,12 @@ class _Watch:
         self.definitions: Any = set()  # (service, config hash) of all containers seen
         self.repairs: Dict[Future[str], Tuple[List[Action], float]] = {}  # under way: what, and since when
         self.failures = 0  # repairs that failed
-        self.postponed = False  # whether a repair waits for another one
         self.outage: Optional[float] = None  # when Docker stopped to answer
         self.events: Optional[subprocess.Popen[bytes]] = None
         self.events_opened = self.reopening = self.woken = -math.inf  # woken: when the last event came
         self.events_until = ''  # the engine's time up to which no event is missed
-        self.pool = ThreadPoolExecutor(16)
+        # One Compose command at a time: two would create the same network twice.
+        self.pools = {'docker': ThreadPoolExecutor(16), 'compose': ThreadPoolExecutor(1)}
         self.wake = os.pipe()  # written to when a repair has ended
         self.selector = selectors.DefaultSelector()
         for file in (self.wake[0], UP_FLAG):
@@ -872,7 +849,8 @@ class _Watch:
     def close(self) -> None:
         """End what was started. Repairs under way end by themselves when the flag is lowered."""
         self._close_events()
-        self.pool.shutdown()
+        for pool in self.pools.values():
+            pool.shutdown()
         self.selector.close()
         for descriptor in self.wake:
             os.close(descriptor)
@@ -976,16 +954,12 @@ class _Watch:
     def _act(self, actions: Iterable[Action]) -> None:
         """Begin the repairs: one command for all of a kind, but one of its own for each service that Compose failed for."""
         groups: Dict[Tuple[Verb, str], List[Action]] = {}
-        self.postponed = False
         for action in actions:
             streak = self.history.streaks.get(action.service)
             alone = streak is not None and streak.failed == action.service
             groups.setdefault((action.verb, action.service if alone else ''), []).append(action)
         for (verb, _), group in groups.items():
-            if verb.tool == 'compose' and any(other[0].verb.tool == 'compose' for other, _ in self.repairs.values()):
-                self.postponed = True  # two at a time would create the same network twice
-                continue
-            future = self.pool.submit(_mend, self.stack, group)
+            future = self.pools[verb.tool].submit(_mend, self.stack, group)
             self.repairs[future] = (group, self.clock())
             future.add_done_callback(lambda _: os.write(self.wake[1], b'.'))
 
@@ -1181,9 +1155,9 @@ class _Signals:
 
     number: Optional[int] = None  # the kill signal
     previous: Dict[int, Any] = {}  # the handlers that flask_exit replaced
-    deaf_until = 0.0  # monotonic: for a second from a signal on (it may come twice), and during the clean-up
+    # Monotonic: for a second from a signal on (it may come twice), while a process is started, and during the clean-up.
+    deaf_until = 0.0
     noted: List[int] = []  # signals that came while deaf
-    held: Optional[List[int]] = None  # signals that came while the main thread started a process
 
 
 def flask_exit(signum: Optional[int] = None, frame: Any = None) -> None:
@@ -1198,8 +1172,6 @@ def flask_exit(signum: Optional[int] = None, frame: Any = None) -> None:
         environ = flask.request.environ if flask is not None and flask.has_request_context() else {}
         kill_signal = _Signals.number or Settings.load().kill_signal
         environ.get('werkzeug.server.shutdown', lambda: os.kill(os.getpid(), kill_signal))()
-    elif _Signals.held is not None:
-        _Signals.held.append(signum)
     elif time.monotonic() < _Signals.deaf_until:
         _Signals.noted.append(signum)
     else:
@@ -1222,15 +1194,18 @@ def register(settings: Optional[Settings] = None) -> None:
 @contextlib.contextmanager
 def _holding_signals() -> Iterator[None]:
     """Let signals wait until the end of the block."""
-    if _is_main_thread():
-        _Signals.held = []
+    if not _is_main_thread():
+        yield
+        return
+    deaf_until, known = _Signals.deaf_until, len(_Signals.noted)
+    _Signals.deaf_until = math.inf
     try:
         yield
     finally:
-        if _is_main_thread():
-            held, _Signals.held = _Signals.held, None
-            for signum in held or []:
-                flask_exit(signum)
+        _Signals.deaf_until = deaf_until
+        held, _Signals.noted[known:] = _Signals.noted[known:], []
+        for signum in held:
+            flask_exit(signum)
 
 
 def _is_main_thread() -> bool:
@@ -1357,9 +1332,9 @@ def _check(stack: _Stack) -> int:
         while watch.clock() < settled:
             watch.wait(settled - watch.clock())
         watch.cycle()
-        while watch.repairs:  # one Compose command at a time: what had to wait is next
+        while watch.repairs:
             watch.wait(stack.settings.interval)
-            (watch.cycle if watch.postponed else watch.finish_repairs)()
+            watch.finish_repairs()
         return 1 if watch.outage is not None or watch.failures else 0
 
 

@@ -329,8 +329,11 @@ def strike(log: EventLog, watcher: Watcher, fault: Fault) -> float:
     commands = [shlex.split(text.format(compose=shlex.join(stack.command), **words)) for text in fault.commands]
     children = [subprocess.Popen(command, stdout=stack.log, stderr=stack.log) for command in commands]
     codes = [child.wait() for child in children]
-    if any(codes):
-        say(f'{watcher.column}: the fault itself failed: {" + ".join(fault.commands)}')
+    if any(codes):  # at settle 0, a container can be running again before `down` removes it
+        say(f'{watcher.column}: the fault itself failed, again: {" + ".join(fault.commands)}')
+        wait_until(lambda: are_up(last_changes(log.of(stack.project))), PATIENCE)
+        time.sleep(REST)
+        return strike(log, watcher, fault)
 
     def is_quiet() -> bool:
         events = log.of(stack.project, since)
