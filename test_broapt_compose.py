@@ -369,7 +369,7 @@ SHOW = 'import sys; sys.path.insert(0, "."); {}; import compose; s = compose.Set
 def test_vendored_copy_reads_const_beside_it_and_the_original_does_not(tmp_path):
     shutil.copy(str(MODULE), str(tmp_path / 'compose.py'))
     assert run_python(SHOW.format('pass'), tmp_path, '-I', BROAPT_INTERVAL='7') == '7.0 15\n'
-    (tmp_path / 'const.py').write_text('KILL_SIGNAL = 10\nINTERVAL = 4\n')
+    (tmp_path / 'const.py').write_text('KILL_SIGNAL = 10\nINTERVAL = 4\nTIMEOUT = "not a setting of the watchdog"\n')
     assert run_python(SHOW.format('pass'), tmp_path, '-I', BROAPT_INTERVAL='7') == '4.0 10\n'
     code = 'import sys; sys.path.insert(0, "."); sys.argv[1:] = ["-i", "0"]; import compose; sys.exit(compose.main())'
     result = subprocess.run([sys.executable, '-m', 'compose', '-V'], cwd=str(tmp_path), stdout=subprocess.PIPE)
@@ -764,6 +764,13 @@ def test_further_repairs_wait_longer_up_to_five_minutes_and_ten_seconds_of_runni
     history = History(streaks={'db': Streak(9, NOW - 99, NOW - 10)})
     (action,) = bc.decide(look(db=make('db', 'exited')), SERVICES, NOW, history, FAST)
     assert (action.due, action.attempt) == (NOW, 1)
+
+
+@pytest.mark.parametrize('failed, delay', [('db0', 0), ('db', 1), ('db1', 1), ('', 1)])
+def test_repair_that_failed_for_a_container_which_is_gone_since_does_not_count(failed, delay):
+    history = History(streaks={'db': Streak(1, NOW, NOW, failed)})
+    (action,) = bc.decide(look(db=make('db', 'exited')), SERVICES, NOW, history, FAST)
+    assert action.due == NOW + delay
 
 
 def test_unpausing_never_waits_for_a_crash_loop():
