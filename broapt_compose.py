@@ -627,6 +627,15 @@ class Verb(enum.Enum):
         self.done, self.tool, self.arguments = done, tool, arguments
 
 
+class Streak(NamedTuple):
+    """Repairs of one service that followed each other with less than ten seconds of running in between."""
+
+    repairs: int = 0
+    began: float = 0.0  # when the first fault was seen
+    ended: float = -math.inf  # end of the last repair
+    failed: str = ''  # what the last repair could not mend: the id of a container, or the service's name
+
+
 class Action(NamedTuple):
     """A repair of one fault, due now or later. Times are seconds of a monotonic clock."""
 
@@ -639,22 +648,12 @@ class Action(NamedTuple):
     patience: float = 0.0  # seconds to wait at least
     since: float = 0.0  # when the fault was first seen
     due: float = 0.0
-    attempt: int = 1  # 1 for the first repair of its service in a row, 2 for the next
-    began: float = 0.0  # when the first fault of that row was seen
+    streak: Streak = Streak()  # the repairs before this one
 
     @property
     def key(self) -> Tuple[Verb, str]:
         """What tells one fault from another."""
         return self.verb, self.container or self.service
-
-
-class Streak(NamedTuple):
-    """Repairs of one service that followed each other with less than ten seconds of running in between."""
-
-    repairs: int
-    began: float  # when the first fault was seen
-    ended: float  # end of the last repair
-    failed: str = ''  # what the last repair could not mend: the id of a container, or the service's name
 
 
 class History(NamedTuple):
@@ -674,15 +673,15 @@ def decide(
     actions, known = [], {'', *services, *(c.id for c in containers)}
     for action in _find_faults(containers, services, history, settings):
         since = history.since.get(action.key, now)
-        streak = history.streaks.get(action.service)
-        if streak is None or since - streak.ended >= _STEADY:
-            streak = Streak(0, since, since)
+        streak = history.streaks.get(action.service, Streak())
+        if since - streak.ended >= _STEADY:
+            streak = Streak(began=since)
         elif streak.failed not in known:  # it failed because somebody removed the container
             streak = streak._replace(repairs=streak.repairs - 1)
         delay = max(settings.settle, action.patience)
         if streak.repairs and (action.verb is not Verb.UNPAUSE or streak.failed == action.container):
             delay = max(delay, min(2.0 ** min(streak.repairs - 1, 9), _LONGEST_DELAY))
-        actions.append(action._replace(since=since, due=since + delay, attempt=streak.repairs + 1, began=streak.began))
+        actions.append(action._replace(since=since, due=since + delay, streak=streak))
     return actions
 
 
@@ -727,8 +726,7 @@ def _find_verb(
         return Verb.RESTART if container.health == 'unhealthy' and settings.unhealthy is Unhealthy.RESTART else None
     if _has_done_its_job(container, services):
         return None
-    streak = history.streaks.get(name)
-    return Verb.UP if streak and container.id == streak.failed else Verb.START
+    return Verb.UP if container.id == history.streaks.get(name, Streak()).failed else Verb.START
 
 
 def _name_with_scale(name: str, own: Sequence[Container], services: Mapping[str, Service]) -> Tuple[str, ...]:
@@ -946,17 +944,16 @@ class _Watch:
 
     def _warn_of_loops(self, actions: Iterable[Action], now: float) -> None:
         for action in actions:
-            if action.attempt >= _LOOP and action.key not in self.history.since and action.verb is not Verb.UNPAUSE:
+            repairs, began = action.streak[:2]
+            if repairs + 1 >= _LOOP and action.key not in self.history.since and action.verb is not Verb.UNPAUSE:
                 text = '{}: crash loop, {} for the {} time in {:.0f} s; next try in {:.0f} s'
-                times = (_ordinal(action.attempt), now - action.began, action.due - now)
-                _warn(text.format(action.label, action.cause, *times))
+                _warn(text.format(action.label, action.cause, _ordinal(repairs + 1), now - began, action.due - now))
 
     def _act(self, actions: Iterable[Action]) -> None:
         """Begin the repairs: one command for all of a kind, but one of its own for each service that Compose failed for."""
         groups: Dict[Tuple[Verb, str], List[Action]] = {}
         for action in actions:
-            streak = self.history.streaks.get(action.service)
-            alone = streak is not None and streak.failed == action.service
+            alone = self.history.streaks.get(action.service, Streak()).failed == action.service
             groups.setdefault((action.verb, action.service if alone else ''), []).append(action)
         for (verb, _), group in groups.items():
             future = self.pools[verb.tool].submit(_mend, self.stack, group)
@@ -988,7 +985,8 @@ class _Watch:
         since = {key: seen for key, seen in self.history.since.items() if key != action.key}
         streaks = dict(self.history.streaks)
         if failed or action.verb is not Verb.UNPAUSE:
-            streaks[action.service] = Streak(action.attempt, action.began, self.clock(), action.targets[0] if failed else '')
+            repairs, began = action.streak[:2]
+            streaks[action.service] = Streak(repairs + 1, began, self.clock(), action.targets[0] if failed else '')
         self.history = History(since, streaks)
 
 
@@ -1010,28 +1008,24 @@ def _watch(stack: _Stack, services: Optional[Mapping[str, Service]] = None, noti
 
 def _watch_in_process(stack: _Stack, services: Mapping[str, Service], notify: Notify) -> None:
     """Keep a watcher process running while the flag is up."""
-    import multiprocessing
+    import multiprocessing.connection
 
-    with selectors.DefaultSelector() as selector:
-        selector.register(UP_FLAG, selectors.EVENT_READ)
-        while UP_FLAG.value:
-            ours, theirs = multiprocessing.Pipe()
-            arguments = (theirs, ours, stack, services, notify, logger.level if notify is _notify else None)
-            process = multiprocessing.Process(target=_process_main, args=arguments, daemon=True)
-            with contextlib.closing(ours), contextlib.suppress(OSError):  # no process to be had just now
-                try:
-                    process.start()
-                except (AssertionError, RuntimeError) as error:  # such as: daemonic processes can't have children
-                    _warn('no watcher process can be started ({}); watching in a thread'.format(error))
-                    return _watch(stack, services, notify)
-                theirs.close()
-                selector.register(ours, selectors.EVENT_READ)
-                selector.select()  # until the flag is lowered, or the process has died and its end of the pipe with it
-                selector.unregister(ours)
-            if process.pid is not None:
-                process.join(2)
-            if not selector.select(_RESPAWN):
-                _warn('the watcher process has died (exit code {}); starting it again'.format(process.exitcode))
+    while UP_FLAG.value:
+        theirs, ours = multiprocessing.Pipe(duplex=False)  # says nothing; its end is what counts
+        arguments = (theirs, ours, stack, services, notify, logger.level if notify is _notify else None)
+        process = multiprocessing.Process(target=_process_main, args=arguments, daemon=True)
+        with contextlib.closing(ours), contextlib.suppress(OSError):  # no process to be had just now
+            try:
+                process.start()
+            except (AssertionError, RuntimeError) as error:  # such as: daemonic processes can't have children
+                _warn('no watcher process can be started ({}); watching in a thread'.format(error))
+                return _watch(stack, services, notify)
+            theirs.close()
+            multiprocessing.connection.wait([process.sentinel, UP_FLAG.fileno()])
+        if process.pid is not None:
+            process.join(2)
+        if not multiprocessing.connection.wait([UP_FLAG.fileno()], _RESPAWN):
+            _warn('the watcher process has died (exit code {}); starting it again'.format(process.exitcode))
 
 
 def _process_main(
@@ -1111,11 +1105,7 @@ def _supervise(settings: Optional[Settings], notify: Notify) -> Iterator[UpFlag]
                 services, counts = stack.services(), collections.Counter(c.service for c in stack.observe())
                 services = {name: service._replace(scale=counts[name]) for name, service in services.items()}
                 with _watching(stack, services, notify):
-                    try:
-                        notify('READY=1')
-                        yield UP_FLAG
-                    finally:
-                        _Signals.deaf_until = math.inf  # from here on, further signals are only noted
+                    yield UP_FLAG
                 failed = False
             finally:
                 _Signals.deaf_until = math.inf
@@ -1138,13 +1128,15 @@ def _stop(stack: _Stack, failed: bool) -> None:
 
 
 @contextlib.contextmanager
-def _watching(stack: _Stack, *plan: Any) -> Iterator[None]:
+def _watching(stack: _Stack, services: Mapping[str, Service], notify: Notify) -> Iterator[None]:
     target = _watch_in_process if stack.settings.watcher is Watcher.PROCESS else _watch
-    thread = threading.Thread(target=target, args=(stack, *plan), name='broapt-watchdog', daemon=True)
+    thread = threading.Thread(target=target, args=(stack, services, notify), name='broapt-watchdog', daemon=True)
     thread.start()
     try:
+        notify('READY=1')
         yield
     finally:
+        _Signals.deaf_until = math.inf  # from here on, further signals are only noted
         UP_FLAG.value = False
         thread.join()
 

@@ -758,12 +758,12 @@ def test_further_repairs_wait_longer_up_to_five_minutes_and_ten_seconds_of_runni
     for count in range(14):
         history = History(streaks={'db': Streak(count, NOW, NOW)} if count else {})
         (action,) = bc.decide(look(db=make('db', 'exited')), SERVICES, NOW, history, FAST)
-        assert action.attempt == count + 1
+        assert action.streak.repairs == count
         delays.append(action.due - NOW)
     assert delays == [0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 300, 300, 300, 300]
     history = History(streaks={'db': Streak(9, NOW - 99, NOW - 10)})
     (action,) = bc.decide(look(db=make('db', 'exited')), SERVICES, NOW, history, FAST)
-    assert (action.due, action.attempt) == (NOW, 1)
+    assert (action.due, action.streak.repairs) == (NOW, 0)
 
 
 @pytest.mark.parametrize('failed, delay', [('db0', 0), ('db', 1), ('db1', 1), ('', 1)])
@@ -799,7 +799,7 @@ def test_invariants_hold_over_random_histories(seed):
             assert action.due >= action.since + 1, 'never before settle'
             assert not action.container or by_id[action.container].watched
             assert not action.container or by_id[action.container].state not in (State.RESTARTING, State.REMOVING)
-        streaks = {a.service: Streak(a.attempt, a.began, now) for a in actions if a.due <= now}
+        streaks = {a.service: Streak(a.streak.repairs + 1, a.streak.began, now) for a in actions if a.due <= now}
         history = History({a.key: a.since for a in actions if a.due > now}, dict(history.streaks, **streaks))
 
 
