@@ -1243,7 +1243,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         settings = Settings.load(**arguments)
         if command == 'run':
             return _run_until_signal(settings)
-        stack = _Stack(_complete(settings))
+        stack = _Stack(_complete(settings), cancel=UP_FLAG)
         code = _status(stack, as_json) if command == 'status' else _explain(stack) if dry_run else _check(stack)
         sys.stdout.flush()
         return code
@@ -1319,14 +1319,18 @@ def _notify(text: str) -> None:
 def _check(stack: _Stack) -> int:
     """Look, wait until the faults have settled, look again, and repair what still is wrong."""
     with contextlib.closing(_Watch(stack)) as watch:
-        watch.cycle()
-        settled = watch.clock() + stack.settings.settle
-        while watch.clock() < settled:
-            watch.wait(settled - watch.clock())
-        watch.cycle()
-        while watch.repairs:
-            watch.wait(stack.settings.interval)
-            watch.finish_repairs()
+        try:
+            watch.cycle()
+            settled = watch.clock() + stack.settings.settle
+            while watch.clock() < settled:
+                watch.wait(settled - watch.clock())
+            watch.cycle()
+            while watch.repairs:
+                watch.wait(stack.settings.interval)
+                watch.finish_repairs()
+        except KeyboardInterrupt:
+            UP_FLAG.value = False  # ends the repairs under way
+            raise
         return 1 if watch.outage is not None or watch.failures else 0
 
 

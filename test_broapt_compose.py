@@ -1358,6 +1358,14 @@ def test_check_repairs_and_tells_by_its_exit_code_whether_it_could(docker):
     assert repairs(docker) == [['unpause', 'core1']] * 2
 
 
+def test_check_that_is_interrupted_ends_the_repair_under_way(docker):
+    play_stack(docker, [line('core', 'paused', 'Up 5 seconds (Paused)'), SIDE], PLAIN, unpause={'hang': True})
+    check = subprocess.Popen([sys.executable, str(MODULE), 'check', '--settle', '0', '--timeout', '999'])
+    assert eventually(lambda: repairs(docker) == [['unpause', 'core1']])
+    check.send_signal(signal.SIGINT)
+    assert check.wait(100) == 1
+
+
 def test_module_documents_itself():
     for name in bc.__all__:
         assert getattr(bc, name).__doc__, name
