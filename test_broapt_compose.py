@@ -2045,16 +2045,22 @@ class Engine:
         return self
 
     def __exit__(self, *_):
-        if self.process is not None:
-            if self.process.poll() is not None:
-                self.start()
-            ids = call('docker', 'ps', '-aq', env=self.environment).split()
-            call('docker', 'rm', '-fv', *ids, code=None, env=self.environment)
+        try:
+            if self.process is not None:
+                if self.process.poll() is not None:
+                    self.start()
+                ids = call('docker', 'ps', '-aq', env=self.environment).split()
+                call('docker', 'rm', '-fv', *ids, code=None, env=self.environment)
+        finally:
+            self.clean_up()
+
+    def clean_up(self):
+        if self.process is not None and self.process.poll() is None:
             self.end(signal.SIGTERM)
-            containerd = self.folder / 'exec-root' / 'containerd' / 'containerd.pid'
-            if containerd.exists():  # of a dockerd that was killed
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(int(containerd.read_text()), signal.SIGKILL)
+        containerd = self.folder / 'exec-root' / 'containerd' / 'containerd.pid'
+        if containerd.exists():  # of a dockerd that was killed
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(containerd.read_text()), signal.SIGKILL)
         call('ip', 'link', 'delete', self.bridge, code=None)
         with open('/proc/mounts') as file:
             for mount in sorted((line.split()[1] for line in file if str(self.folder) in line), reverse=True):
@@ -2297,7 +2303,7 @@ def test_service_manager_is_told_what_goes_on_and_is_fed_by_completed_checks_onl
                 broken.touch()
                 assert watchdog.says('WARNING Docker does not answer')
                 with pytest.raises(socket.timeout):
-                    while True:
+                    for _ in range(10):
                         read_until('2 of 2 running', seconds=4)
                 broken.unlink()
                 read_until('2 of 2 running')
