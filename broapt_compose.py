@@ -916,7 +916,7 @@ class _Watch:
             if self.outage is None:
                 self.outage = now
                 _warn('Docker does not answer; trying again every {:g} s: {}'.format(interval, error))
-            return min(interval, max(1.0, now - self.outage))  # sooner at first: it may be a moment's trouble only
+            return min(interval, max(0.1, now - self.outage))  # soon at first: it may be a moment's trouble only
         if self.outage is not None:
             logger.info('Docker answers again, after %.0f s', now - self.outage)
             self.outage = None

@@ -962,7 +962,7 @@ def test_outage_is_one_warning_and_one_line_at_its_end_and_no_repair(docker, cap
         for _ in range(5):
             clock.now += 4
             pauses.append(w.cycle())
-        assert pauses == [1, 4, 8, 10, 10]
+        assert pauses == [0.1, 4, 8, 10, 10]
         clock.now += 24
         assert repairs(docker) == []
         play_stack(docker, lines, PLAIN)
