@@ -17,25 +17,23 @@ The watcher sees all containers of the project with one ``docker ps``, decides f
 mends it: paused containers are unpaused, stopped ones started, missing ones created, unhealthy ones restarted.
 ``docker events`` only wakes it; it looks at least every *interval* anyway. Other projects are never touched.
 
-Each setting comes from an argument, else BroAPT's ``const`` module (the first three), else the environment:
+Each setting comes from an argument, else BroAPT's ``const`` module (the first three, without BROAPT_), else the environment:
 
-======================  =======================================================================  ==================
-variable                meaning                                                                  default
-======================  =======================================================================  ==================
-BROAPT_DOCKER_COMPOSE   Compose files, joined by os.pathsep (in const: DOCKER_COMPOSE)           what Compose finds
-BROAPT_INTERVAL         longest time between two full checks, seconds (INTERVAL)                 10
-BROAPT_KILL_SIGNAL      the signal that ends the host (KILL_SIGNAL)                              15 (SIGTERM)
-BROAPT_WATCHER          where the watcher runs: thread or process                                thread
-BROAPT_SETTLE           how long a fault must last before it is repaired, seconds                1
-BROAPT_TIMEOUT          deadline of one Docker command, seconds                                  60
-BROAPT_PRUNE            what is deleted after the stop: project, system or none                  project
-BROAPT_UNHEALTHY        what happens if a health check fails: restart or ignore                  restart
-BROAPT_COMPOSE_COMMAND  the Compose command; else the first of the two that answers              docker compose,
-                                                                                                 docker-compose
-======================  =======================================================================  ==================
+======================  ==========================================================================  =====================
+variable                meaning                                                                     default
+======================  ==========================================================================  =====================
+BROAPT_DOCKER_COMPOSE   Compose file; several are joined by os.pathsep, or the option is repeated   what Compose finds
+BROAPT_INTERVAL         longest time between two full checks, seconds                               10
+BROAPT_KILL_SIGNAL      signal that ends the host, such as 15, TERM or SIGTERM                      15
+BROAPT_WATCHER          where the watcher runs: thread or process                                   thread
+BROAPT_SETTLE           how long a fault must last before it is repaired, seconds                   1
+BROAPT_TIMEOUT          deadline of one Docker command, seconds                                     60
+BROAPT_PRUNE            what to delete at the end: project, system (all unused, whosever) or none   project
+BROAPT_UNHEALTHY        restart or ignore a container whose health check fails                      restart
+BROAPT_COMPOSE_COMMAND  the Compose command; docker-compose if that one does not answer             docker compose
+======================  ==========================================================================  =====================
 """
 
-import collections
 import contextlib
 import enum
 import functools
@@ -53,7 +51,7 @@ import sys
 import threading
 import time
 import warnings
-from typing import Any, Callable, ContextManager, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 __version__ = '1.0.0'
 __all__ = [
@@ -64,17 +62,13 @@ __all__ = [
 logger = logging.getLogger('broapt_compose')
 logger.addHandler(logging.NullHandler())
 
-Notify = Callable[[str], Any]  # takes a message for the service manager
-
 _STEADY = 10.0  # seconds of running that end a crash loop, as in Docker's own restart policy
 _LONGEST_DELAY = 300.0  # seconds between two repairs in a crash loop
-_PATIENCE = 60.0  # seconds that a created container may wait for somebody's `up` to start it
 _LOOP = 3  # repairs in a row from which on it is called a crash loop
 _DEFAULT_GRACE = 10.0  # seconds that Docker gives a container without a stop timeout of its own
 _AFTERMATH = 1.0  # seconds after an event in which to look again: Docker tells of a death before `docker ps` shows it
 _STREAM_LIFE = 55.0  # seconds of an event stream, so that none outlives its watcher by more than a minute
-_OUTPUT_LIMIT = 1 << 24  # bytes; no answer of Docker's is longer
-_ERROR_LIMIT = 1 << 16  # bytes; of more, the end is kept
+_OUTPUT_LIMIT = 1 << 22  # bytes of a command's output; of more, the end is kept
 _RESPAWN = 0.5  # seconds before a watcher process that died is started again
 
 
@@ -92,14 +86,13 @@ class ComposeError(Exception):
     def __init__(self, command: Sequence[str], returncode: Optional[int], stderr: str, reason: str = '', stdout: str = '') -> None:
         super().__init__(command, returncode, stderr, reason, stdout)
         self.command, self.returncode, self.stderr, self.stdout = list(command), returncode, stderr, stdout
-        lines = [line.strip() for line in stderr.splitlines() if line.strip()]
-        self.reason = (reason or '; '.join([line for line in lines if 'error' in line.lower()][-2:] or lines[-1:]))[:500]
-        self.reason = self.reason or 'no reason given'
+        lines = [line.strip() for line in stderr.splitlines() if line.strip()] or ['no reason given']
+        self.reason = reason or '; '.join([line for line in lines if 'error' in line.lower()][-2:] or lines[-1:])
 
     def __str__(self) -> str:
         code = '' if self.returncode is None else 'exit code {}: '.format(self.returncode)
         command = _quote(word if len(word) <= 80 else word[:80] + '...' for word in self.command)
-        return _one_line('{}: {}{}'.format(command, code, self.reason))
+        return _one_line('{}: {}{}'.format(command, code, self.reason[:500]))
 
 
 class _Cancelled(Exception):
@@ -138,16 +131,15 @@ def _parse_files(value: Any) -> Tuple[str, ...]:
 
 
 def _parse_seconds(value: Any, least: float = 0.0) -> float:
-    seconds = float(value)
-    if not least <= seconds < math.inf or isinstance(value, bool):
+    if not least <= float(value) < math.inf:
         raise ValueError
-    return seconds
+    return float(value)
 
 
 def _parse_signal(value: Any) -> int:
     text = str(int(value) if isinstance(value, int) else value).strip().upper()
     number = signal.Signals(int(text)) if text.isdigit() else signal.Signals['SIG' + re.sub('^SIG', '', text)]
-    if number in (signal.SIGKILL, signal.SIGSTOP) or isinstance(value, bool):
+    if number in (signal.SIGKILL, signal.SIGSTOP):
         raise ValueError
     return int(number)
 
@@ -159,36 +151,18 @@ def _parse_command(value: Any) -> Tuple[str, ...]:
     return command
 
 
-class _Option(NamedTuple):
-    field: str  # in upper case: its name in BroAPT's const module, and after BROAPT_ in the environment
-    flags: Tuple[str, ...]
-    parse: Callable[[Any], Any]
-    accepted: str
-    help: str
-
-
 _parse_positive = functools.partial(_parse_seconds, least=sys.float_info.min)
-_POSITIVE = 'a number of seconds greater than 0'
-_OPTIONS = (
-    _Option('docker_compose', ('-f', '--file', '--docker-compose'), _parse_files, 'a readable file',
-            'Compose file, repeatable (default: what Compose finds in the working directory)'),
-    _Option('interval', ('-i', '--interval'), _parse_positive, _POSITIVE,
-            'longest time between two full checks, in seconds (default: 10)'),
-    _Option('kill_signal', ('-s', '--signal'), _parse_signal, 'a signal such as 15, TERM or SIGTERM, other than KILL and STOP',
-            'signal that ends the watchdog (default: 15)'),
-    _Option('watcher', ('-w', '--watcher'), Watcher, 'thread or process',
-            'where the watcher runs: thread or process (default: thread)'),
-    _Option('settle', ('--settle',), _parse_seconds, 'a number of seconds, 0 or more',
-            'how long a fault must last before it is repaired, in seconds (default: 1)'),
-    _Option('timeout', ('--timeout',), _parse_positive, _POSITIVE, 'deadline of one Docker command, in seconds (default: 60)'),
-    _Option('prune', ('--prune',), Prune, 'project, system or none',
-            "what to delete after the stop: the project's containers and networks, all that is unused on the whole machine "
-            "(other projects' data, too), or nothing: project (default), system or none"),
-    _Option('unhealthy', ('--unhealthy',), Unhealthy, 'restart or ignore',
-            'restart or ignore a container whose health check fails (default: restart)'),
-    _Option('compose_command', ('--compose-command',), _parse_command, 'a command as in a shell',
-            "the Compose command (default: 'docker compose', else 'docker-compose')"),
-)  # fmt: skip
+_OPTIONS: Mapping[str, Tuple[str, Callable[[Any], Any], str]] = {  # field: flags, parser, what it accepts
+    'docker_compose': ('--file -f --docker-compose', _parse_files, 'a readable file'),
+    'interval': ('--interval -i', _parse_positive, 'a number of seconds greater than 0'),
+    'kill_signal': ('--signal -s', _parse_signal, 'a signal such as 15, TERM or SIGTERM, other than KILL and STOP'),
+    'watcher': ('--watcher -w', Watcher, 'thread or process'),
+    'settle': ('--settle', _parse_seconds, 'a number of seconds, 0 or more'),
+    'timeout': ('--timeout', _parse_positive, 'a number of seconds greater than 0'),
+    'prune': ('--prune', Prune, 'project, system or none'),
+    'unhealthy': ('--unhealthy', Unhealthy, 'restart or ignore'),
+    'compose_command': ('--compose-command', _parse_command, 'a command as in a shell'),
+}
 
 
 class Settings(NamedTuple):
@@ -211,16 +185,13 @@ class Settings(NamedTuple):
         Strings are parsed as on the command line; None counts as not given. Raises ValueError: one line naming the
         setting, its value, and what is accepted.
         """
-        unknown = set(given) - set(cls._fields)
-        if unknown:
-            raise TypeError('unknown settings: {}'.format(', '.join(sorted(unknown))))
-        const, values = _find_const(), {}
-        for field, flags, parse, accepted, _ in _OPTIONS:
-            name = field.upper()
+        const = _find_const()
+        values = {field: value for field, value in given.items() if value is not None}
+        for field, (flags, parse, accepted) in _OPTIONS.items():
             sources = {
-                max(flags[:2], key=len): given.get(field),
-                'const.' + name: getattr(const, name, None) if field in cls._fields[:3] else None,
-                'BROAPT_' + name: os.environ.get('BROAPT_' + name) or None,
+                flags.split()[0]: given.get(field),
+                'const.' + field.upper(): getattr(const, field.upper(), None) if field in cls._fields[:3] else None,
+                'BROAPT_' + field.upper(): os.environ.get('BROAPT_' + field.upper()) or None,
             }
             for source, value in [(source, value) for source, value in sources.items() if value is not None][:1]:
                 try:
@@ -242,11 +213,13 @@ def _find_const() -> Any:
 
 
 # -- records ---------------------------------------------------------------------------------------------------------
+
 # The states of a container, in Docker's words.
 State = enum.Enum('State', [
     ('CREATED', 'created'), ('RUNNING', 'running'), ('PAUSED', 'paused'), ('RESTARTING', 'restarting'),
     ('REMOVING', 'removing'), ('EXITED', 'exited'), ('DEAD', 'dead'),
 ])  # fmt: skip
+_UNITS = {'second': 1, 'minute': 60, 'hour': 3600, 'day': 86400, 'week': 604800, 'month': 2592000, 'year': 31536000}
 _ALIVE = (State.RUNNING, State.PAUSED, State.RESTARTING)
 
 
@@ -262,10 +235,7 @@ class Container(NamedTuple):
     health: str  # 'starting', 'healthy', 'unhealthy'; '' without a health check
     since: str  # how long it is in this state, in Docker's words, such as '5 minutes'
     watched: bool  # False if labelled broapt.watch=false
-    config_hash: str  # changes with the service's definition
     folder: str  # of the Compose file that made it
-    network_owner: str  # id of the container whose network it uses; '' if it has its own, '?' if that is not known yet
-    started_at: str = ''  # the engine's time; known only if it shares a network
 
     @property
     def label(self) -> str:
@@ -278,6 +248,12 @@ class Container(NamedTuple):
         text = 'unhealthy' if self.health == 'unhealthy' else self.state.value
         return text if self.exit_code is None else '{} ({})'.format(text, self.exit_code)
 
+    @property
+    def age(self) -> int:
+        """How long it is in this state, in seconds, rounded down as Docker does."""
+        number, _, unit = re.sub('About an?', '1', re.sub('Less than a', '0', self.since)).partition(' ')
+        return int(number or 0) * _UNITS.get(unit.rstrip('s'), 0)
+
 
 class Service(NamedTuple):
     """One service of the Compose file."""
@@ -288,9 +264,10 @@ class Service(NamedTuple):
     depends_on: Mapping[str, str] = {}  # service -> condition
 
 
-_LABELS = ['com.docker.compose.' + name for name in ('service', 'container-number', 'oneoff', 'config-hash', 'project.working_dir')]
-_PS_FIELDS = ['.ID', '.Names', '.State', '.Status', '.Networks']
-_PS_FIELDS += ['(.Label "{}")'.format(label) for label in ['broapt.watch', *_LABELS]]
+Containers = Sequence[Container]
+Services = Mapping[str, Service]
+_LABELS = ('broapt.watch', *map('com.docker.compose.{}'.format, ('service', 'container-number', 'oneoff', 'project.working_dir')))
+_PS_FIELDS = ('.ID', '.Names', '.State', '.Status', *map('(.Label "{}")'.format, _LABELS))
 _PS_FORMAT = '[{}]'.format(','.join('{{json %s}}' % field for field in _PS_FIELDS))
 _STATUS = re.compile(r'(?:Up|\w+ \((\d+)\)) ?(.*?)(?: ago)?(?: \((?:Paused|(?:health: )?(starting|healthy|unhealthy))\))?')
 
@@ -301,11 +278,10 @@ def _parse_containers(text: str) -> List[Container]:
         raise ValueError('the last line is cut off')
     containers = []
     for line in text.splitlines():
-        ident, name, state, status, networks, watch, service, number, oneoff, config_hash, folder = json.loads(line)
+        ident, name, state, status, watch, service, number, oneoff, folder = json.loads(line)
         code, since, health = (_STATUS.fullmatch(status) or re.fullmatch('()()()', '')).groups()  # type: ignore[union-attr]
-        # Docker shows no network for a container in another one's; in whose, takes a second command.
         record = Container(ident, name, service, number, State(state), int(code) if code else None, health or '', since,
-                           watch.lower() != 'false', config_hash, folder, '' if networks else '?')  # fmt: skip
+                           watch.lower() != 'false', folder)  # fmt: skip
         if oneoff != 'True':  # made by `compose run`: somebody's own business
             containers.append(record)
     return containers
@@ -320,43 +296,72 @@ def _parse_services(text: str) -> Dict[str, Service]:
     Compose 1.x prints YAML only, which the standard library can't read; but it is in canonical form, two spaces a
     level, from both generations, so the few keys that matter are found by their path.
     """
-    services: Dict[str, Service] = {}
     path: List[str] = []
-    named = False
+    values = {}
     for found in filter(None, map(_CONFIG_LINE.fullmatch, text.splitlines())):
         path[len(found.group(1)) // 2 :] = [found.group(3)]
-        named = named or path == ['name']
-        if path[0] != 'services' or len(path) < 2:
-            continue
-        name, key, value = path[1], path[2:], (found.group(4) or '').strip('"\'')
-        service = services.setdefault(name, Service())
-        if key in (['scale'], ['deploy', 'replicas']) and value.isdigit() and service.scale:
-            service = service._replace(scale=int(value))
-        elif key == ['profiles'] and not named:  # Compose 1.29 gives no name, and prints also what is switched off
-            service = service._replace(scale=0)
-        elif key == ['labels', 'broapt.watch']:
-            service = service._replace(watched=value.lower() != 'false')
-        elif key == ['network_mode'] and value.startswith('service:'):
-            service = service._replace(network_of=value[len('service:') :])
-        elif key[:1] == ['depends_on'] and key[2:] == ['condition']:
-            service = service._replace(depends_on={**service.depends_on, key[1]: value})
-        services[name] = service
+        values[tuple(path)] = (found.group(4) or '').strip('"\'')
+    services = {}
+    for name in [path[1] for path in values if path[0] == 'services' and len(path) == 2]:
+        own = {path[2:]: value for path, value in values.items() if path[:2] == ('services', name)}
+        scale = own.get(('scale',)) or own.get(('deploy', 'replicas')) or '1'
+        if ('profiles',) in own and ('name',) not in values:
+            scale = '0'  # Compose 1.29 gives no name, and prints also what is switched off
+        watched = own.get(('labels', 'broapt.watch'), '').lower() != 'false'
+        depends_on = {key[1]: value for key, value in own.items() if key[:1] == ('depends_on',) and key[2:] == ('condition',)}
+        services[name] = Service(int(scale), watched, own.get(('network_mode',), '').partition('service:')[2], depends_on)
     return services
 
 
+# -- the flag --------------------------------------------------------------------------------------------------------
+class UpFlag(threading.Event):
+    """A flag that is up while the stack shall run; lowering it wakes the watcher at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._guard = threading.RLock()
+        self._callbacks: List[Callable[[], Any]] = []
+        self.set()
+
+    def clear(self) -> None:
+        """Lower the flag."""
+        with self._guard:
+            super().clear()
+            for callback in self._callbacks:
+                callback()
+
+    value = property(threading.Event.is_set, lambda self, up: self.set() if up else self.clear(), doc='Whether the flag is up.')
+
+    @contextlib.contextmanager
+    def when_lowered(self, callback: Callable[[], Any]) -> Iterator[None]:
+        """During the block, *callback* is called when the flag is lowered; at once if it is down already."""
+        with self._guard:
+            self._callbacks.append(callback)
+            if not self.is_set():
+                callback()
+        try:
+            yield
+        finally:
+            with self._guard:
+                self._callbacks.remove(callback)
+
+
+UP_FLAG = UpFlag()
+
+
 # -- the Docker layer ------------------------------------------------------------------------------------------------
-def _spawn(command: Sequence[str], folder: Optional[str] = None, errors: int = subprocess.PIPE) -> 'subprocess.Popen[bytes]':
+def _spawn(command: Sequence[str], folder: str, stderr: int = subprocess.PIPE) -> 'subprocess.Popen[bytes]':
     """Start *command*, in a session of its own so that Ctrl+C in the terminal does not reach it."""
-    environment = None
+    environment = dict(os.environ)
     if getattr(sys, 'frozen', False):  # PyInstaller's library path is not for Docker
-        environment = {key: value for key, value in os.environ.items() if key != 'LD_LIBRARY_PATH'}
+        environment.pop('LD_LIBRARY_PATH', None)
         if 'LD_LIBRARY_PATH_ORIG' in environment:
             environment['LD_LIBRARY_PATH'] = environment['LD_LIBRARY_PATH_ORIG']
     logger.debug('running %s', _quote(command))
-    streams: Dict[str, Any] = {'stdin': subprocess.DEVNULL, 'stdout': subprocess.PIPE, 'stderr': errors}
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # for the moment before it has its session
     try:
-        return subprocess.Popen(command, env=environment, cwd=folder, start_new_session=True, **streams)
+        return subprocess.Popen(command, env=environment, cwd=folder, start_new_session=True, stdin=subprocess.DEVNULL,
+                                stdout=subprocess.PIPE, stderr=stderr)  # fmt: skip
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
@@ -368,126 +373,104 @@ def _kill(process: 'subprocess.Popen[bytes]') -> None:
         process.wait(1)
 
 
-def _run(command: Sequence[str], limit: float, cancel: Any = None, echo: bool = False, folder: Optional[str] = None) -> str:
+def _run(command: Sequence[str], limit: float, folder: str, flag: Optional[UpFlag] = None, echo: bool = False) -> str:
     """Return what *command* wrote to standard output; with *echo*, all it writes is shown on standard error as it comes.
 
-    Raises ComposeError if it can't be started, fails, or has not ended after *limit* seconds, and _Cancelled once
-    *cancel* is readable. In the last two cases its whole process group is killed.
+    Raises ComposeError if it can't be started, fails, or has not ended after *limit* seconds, and _Cancelled if *flag*
+    is lowered. In the last two cases its whole process group is killed.
     """
-    output, errors, process, reason = bytearray(), bytearray(), None, 'interrupted'
     try:
-        with _holding_signals():  # until the process is known: it could not be killed
-            process = _spawn(command, folder)
-        _collect(process, {process.stdout: output, process.stderr: errors}, limit, cancel, echo)
-        reason = ''
-    except subprocess.TimeoutExpired:
-        reason = 'no answer within {:g} s'.format(limit)
+        process = _spawn(command, folder)
     except (OSError, ValueError) as error:
-        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
+        raise ComposeError(command, None, '', getattr(error, 'strerror', None) or str(error)) from None
+    buffers, ended = {process.stdout: bytearray(), process.stderr: bytearray()}, False
+    try:
+        with flag.when_lowered(functools.partial(_kill, process)) if flag else contextlib.ExitStack():
+            ended = _collect(process, buffers, time.monotonic() + limit, echo)
     finally:
-        if process is not None:
-            if reason:
-                _kill(process)
-            process.stdout.close()  # type: ignore[union-attr]
-            process.stderr.close()  # type: ignore[union-attr]
-    out, code = output.decode('utf-8', 'replace'), process.returncode if process and not reason else None
-    if reason or code:
-        raise ComposeError(command, code, errors.decode('utf-8', 'replace'), reason, out)
-    return out
+        if not ended:
+            _kill(process)
+        for pipe in buffers:
+            pipe.close()  # type: ignore[union-attr]
+    if flag is not None and not flag.value:
+        raise _Cancelled
+    output, errors = (buffer.decode('utf-8', 'replace') for buffer in buffers.values())
+    if not ended:
+        raise ComposeError(command, None, errors, 'no answer within {:g} s'.format(limit), output)
+    if process.returncode:
+        raise ComposeError(command, process.returncode, errors, '', output)
+    return output
 
 
-def _collect(process: Any, buffers: Dict[Any, bytearray], limit: float, cancel: Any, echo: bool) -> None:
-    """Read what the process writes until it has ended; raise TimeoutExpired at the limit."""
-    end, pipes = time.monotonic() + limit, set(buffers)
+def _collect(process: Any, buffers: Mapping[Any, bytearray], end: float, echo: bool) -> bool:
+    """Read what the process writes until it has ended; return whether it has before the time *end*."""
     with selectors.DefaultSelector() as selector:
-        for file in [*pipes, cancel] if cancel else pipes:
-            selector.register(file, selectors.EVENT_READ)
-        while pipes:
+        for pipe in buffers:
+            selector.register(pipe, selectors.EVENT_READ)
+        while selector.get_map() and time.monotonic() < end:
             ready: List[Any] = [key.fileobj for key, _ in selector.select(max(0.0, min(end - time.monotonic(), 0.5)))]
-            if cancel in ready:
-                raise _Cancelled
             for pipe in ready:
                 chunk = os.read(pipe.fileno(), 1 << 16)
                 if not chunk:
                     selector.unregister(pipe)
-                    pipes.remove(pipe)
+                buffers[pipe] += chunk
+                del buffers[pipe][:-_OUTPUT_LIMIT]
                 if echo:
                     with contextlib.suppress(OSError, ValueError, AttributeError):  # full disk, closed or no stream
                         sys.stderr.write(chunk.decode('utf-8', 'replace'))
                         sys.stderr.flush()
-                buffers[pipe] += chunk
-                if echo or pipe is process.stderr:
-                    del buffers[pipe][:-_ERROR_LIMIT]
-                elif len(buffers[pipe]) > _OUTPUT_LIMIT:
-                    raise ValueError('its output does not end')
-            if time.monotonic() >= end:
-                raise subprocess.TimeoutExpired(process.args, limit)
             if not ready and process.poll() is not None:
-                return  # it has ended, but a process that it left behind holds its pipes, as ssh's ControlPersist does
-    process.wait(max(0.01, end - time.monotonic()))
+                return True  # but a process that it left behind holds its pipes, as ssh's ControlPersist does
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(max(0.01, end - time.monotonic()))
+    return process.returncode is not None
 
 
 class _Stack:
     """The containers of one Compose project, by way of the commands of Docker and Compose."""
 
-    def __init__(self, settings: Settings, project: str = '', cancel: Any = None, folder: Optional[str] = None) -> None:
-        self.settings = settings
-        self.folder = folder or os.getcwd()  # stays, whatever the host does with its own
-        self.project = project  # '' while there is no container to read it off
-        self.cancel = cancel  # a file; once it is readable, commands are cancelled
-        self.declared: Sequence[str] = ()  # the services of the Compose files, once they have been read
-        self.details: Dict[str, Tuple[str, str]] = {}  # id -> network owner, start time
+    def __init__(self, settings: Optional[Settings], notify: Callable[[str], Any] = str) -> None:
+        self.settings = Settings.load() if settings is None else settings
+        self.notify = notify  # takes messages for the service manager
+        self.folder = os.getcwd()  # stays, whatever the host does with its own
+        self.flag: Optional[UpFlag] = None  # commands are cancelled when it is lowered
+        self.project = self.filter = ''  # '' while there is no container to read the project's name off
+        self.services: Dict[str, Service] = {}  # what the Compose files declared when they were last read
+        if not self.settings.compose_command:
+            self.settings = self.settings._replace(compose_command=self._find_compose())
 
-    def docker(self, *arguments: str, limit: Optional[float] = None) -> str:
-        return _run(('docker', *arguments), self.settings.timeout if limit is None else limit, self.cancel, folder=self.folder)
+    def _find_compose(self) -> Tuple[str, ...]:
+        for command in (('docker', 'compose'), ('docker-compose',)):
+            with contextlib.suppress(ComposeError):
+                _run((*command, 'version'), self.settings.timeout, self.folder)
+                return command
+        self.docker('--version')  # raises if there is no Docker at all
+        raise ComposeError(('docker', 'compose'), None, '', 'no Compose found, neither this nor docker-compose')
 
-    def compose(self, *arguments: str, limit: Optional[float] = None, echo: bool = False) -> str:
+    def docker(self, *arguments: str, more: float = 0.0) -> str:  # more: seconds on top of the timeout
+        return _run(('docker', *arguments), self.settings.timeout + more, self.folder, self.flag)
+
+    def compose(self, *arguments: str, more: float = 0.0, echo: bool = False) -> str:
         files = [part for file in self.settings.docker_compose for part in ('--file', file)]
         command = (*self.settings.compose_command, *files, *arguments)
-        return _run(command, self.settings.timeout if limit is None else limit, self.cancel, echo, self.folder)
-
-    @property
-    def filter(self) -> str:
-        """The filter for what belongs to the project."""
-        return '--filter=label=com.docker.compose.project=' + self.project
-
-    def find_project(self) -> None:
-        """Read the project's name off a container, unless it is known: it is not always the folder's name."""
-        filters = [] if self.project else ['--filter=id=' + ident for ident in self.compose('ps', '--all', '--quiet').split()[:9]]
-        if filters:
-            template = '--format={{.Label "com.docker.compose.project"}}'
-            self.project = self.docker('ps', '--all', template, *filters).split('\n')[0]
+        return _run(command, self.settings.timeout + more, self.folder, self.flag, echo)
 
     def observe(self) -> List[Container]:
         """Return all containers of the project but one-offs, newest first. The only reader; one command."""
-        self.find_project()
-        text = self.docker('ps', '--all', '--no-trunc', self.filter, '--format', _PS_FORMAT) if self.project else ''
+        if not self.project:  # its name is not always the folder's
+            ids = ['--filter=id=' + ident for ident in self.compose('ps', '--all', '--quiet').split()[:9]]
+            names = self.docker('ps', '--all', '--format={{.Label "com.docker.compose.project"}}', *ids) if ids else ''
+            self.project = names.split('\n')[0]
+            self.filter = '--filter=label=com.docker.compose.project=' + self.project
         try:
-            return self._add_details(_parse_containers(text))
-        except (ValueError, TypeError, AttributeError, KeyError) as error:
+            text = self.docker('ps', '--all', '--no-trunc', self.filter, '--format', _PS_FORMAT) if self.project else ''
+            containers = _parse_containers(text)
+        except (ValueError, TypeError, AttributeError) as error:
             raise ComposeError(('docker', 'ps'), None, '', 'its answer is not understood: {}'.format(error)) from None
-
-    def _add_details(self, containers: List[Container]) -> List[Container]:
-        """Fill in what `docker ps` does not tell: in whose network a container is, and whether *unhealthy* is meant so.
-
-        The former is asked when it is new, or one of the two has just been started. As to the latter, Docker calls a
-        container unhealthy, with no failure at all, from a pause until the next probe.
-        """
-        details, well = self.details, set()
-        sharing = {c.id for c in containers if c.network_owner}.union(owner for owner, _ in details.values())
-        young = [c.id for c in containers if c.id in sharing and (c.id not in details or 'second' in c.since)]
-        asked = [*young, *(c.id for c in containers if c.health == 'unhealthy')]
-        for ident, mode, state in map(
-            json.loads, self.inspect('[{{json .Id}},{{json .HostConfig.NetworkMode}},{{json .State}}]', asked)
-        ):
-            details[ident] = mode[len('container:') :] if mode.startswith('container:') else '', state['StartedAt'].rstrip('Z')
-            well |= set() if (state.get('Health') or {}).get('FailingStreak') else {ident}
-        self.details = {c.id: details[c.id] for c in containers if c.id in details}
-        for index, c in enumerate(containers):
-            owner, started_at = details.get(c.id, (c.network_owner, ''))
-            health = 'starting' if c.id in well and c.health == 'unhealthy' else c.health
-            containers[index] = c._replace(network_owner=owner, started_at=started_at, health=health)
-        return containers
+        # From a pause until the next probe, Docker calls a container unhealthy although no probe has failed.
+        sick = [c.id for c in containers if c.health == 'unhealthy']
+        well = [line[:-2] for line in self.inspect('{{.Id}} {{.State.Health.FailingStreak}}', sick) if line.endswith(' 0')]
+        return [c._replace(health='starting') if c.id in well else c for c in containers]
 
     def inspect(self, template: str, ids: Sequence[str]) -> List[str]:
         """Return a line for each of these containers that is still there."""
@@ -496,38 +479,34 @@ class _Stack:
         except ComposeError as error:
             return error.stdout.splitlines()
 
-    def services(self) -> Dict[str, Service]:
-        """Return the services that the Compose files declare now."""
-        services = _parse_services(self.compose('config'))
-        self.declared = tuple(services)
-        return services
-
     def longest_grace(self, ids: Sequence[str]) -> float:
         """Return the longest stop timeout of these containers, in seconds."""
         answer = self.inspect('{{json .Config.StopTimeout}}', ids)
         return max([float(word) for word in answer if word.isdigit()] + [_DEFAULT_GRACE])
 
+    def read_services(self) -> None:
+        """Read what the Compose files declare now; if that fails another time, go on by what they said before."""
+        try:
+            self.services = _parse_services(self.compose('config'))
+        except ComposeError as error:
+            if not self.services:
+                raise
+            _warn('the Compose file cannot be read; going on by what it said before: {}'.format(error))
+
     def open_events(self, since: str) -> Tuple['subprocess.Popen[bytes]', str]:
         """Start `docker events` for what can begin a fault; return it, and the engine's time at which it will end.
 
-        It begins at the engine's time *since* ('': now). If its reader dies, it ends at the next event only, so it gets
-        an end; that is compared with the engine's clock, which may differ from this machine's.
+        It begins at the engine's time *since* ('': now), less a second: an event too many does no harm. If its reader
+        dies, it ends at the next event only, so it gets an end, by the engine's clock, which may differ from this one's.
         """
         import datetime
 
         since = since or self.docker('info', '--format', '{{.SystemTime}}').strip()
-        try:
-            start = datetime.datetime.strptime(since[:19], '%Y-%m-%dT%H:%M:%S')
-        except ValueError as error:
-            raise ComposeError(('docker', 'info'), None, '', 'its answer is not understood: {}'.format(error)) from None
-        until = (start + datetime.timedelta(seconds=_STREAM_LIFE)).isoformat() + since[19:]
+        start = datetime.datetime.strptime(since[:19], '%Y-%m-%dT%H:%M:%S')
+        begin, end = ((start + datetime.timedelta(seconds=more)).isoformat() + since[19:] for more in (-1, _STREAM_LIFE))
         filters = ['--filter=event=' + event for event in ('create', 'die', 'destroy', 'pause', 'health_status')]
-        command = ('docker', 'events', '--format={{.ID}}', '--since', since, '--until', until, '--filter=type=container')
-        return _spawn((*command, self.filter, *filters), self.folder, subprocess.DEVNULL), until
-
-    def up(self) -> None:
-        """Build, create and start the stack, without a deadline."""
-        self.compose('up', '--build', '--detach', limit=math.inf, echo=True)
+        command = ('docker', 'events', '--format={{.ID}}', '--since', begin, '--until', end, '--filter=type=container')
+        return _spawn((*command, self.filter, *filters), self.folder, subprocess.DEVNULL), end
 
     def unpause(self) -> List[Container]:
         """Unpause what is paused, for it can neither be started by `up` nor stop gracefully; return all containers."""
@@ -537,36 +516,44 @@ class _Stack:
             self.docker('unpause', *paused)
         return containers
 
+    def up(self) -> None:
+        """Build, create and start the stack, without a deadline."""
+        self.compose('up', '--build', '--detach', more=math.inf, echo=True)
+
+    def start(self) -> None:
+        """Bring the stack up, and learn what its end needs: the Compose file may be broken by then."""
+        self.up()
+        self.read_services()
+        self.observe()
+
     def stop(self) -> None:
         """Stop the stack gracefully, kill what outlasts its time, and clean up in any case."""
-        limit = self.settings.timeout
+        self.flag, grace = None, 0.0
         try:
-            self.declared = self.declared or tuple(self.services())
-            limit += self.longest_grace([c.id for c in self.unpause()])
-            self.compose('stop', limit=limit)
+            if not self.services:
+                self.read_services()
+            grace = self.longest_grace([c.id for c in self.unpause()])
+            self.compose('stop', more=grace)
         except ComposeError as error:
             logger.error('%s; stopping the containers one by one', error)
         try:  # also what Compose leaves: services of a profile, or that are not in its file any more
-            self._end('stop', limit)
+            self.apply('stop', _ALIVE, grace)
         except ComposeError as error:
             logger.error('%s; killing the containers', error)
-            self._end('kill', limit)
+            self.apply('kill', _ALIVE)
         finally:
             try:
                 self.clean_up()
             except ComposeError as error:
                 _warn('the clean-up failed: {}'.format(error))
 
-    def _end(self, command: str, limit: float) -> None:
-        alive = [c.id for c in self.observe_own() if c.state in _ALIVE]
-        if alive:
-            self.docker(command, *alive, limit=limit)
-
-    def observe_own(self) -> List[Container]:
-        """Return the containers but those of a stack in another folder that happens to have the same project name."""
+    def apply(self, command: str, states: Iterable[State], more: float = 0.0) -> None:
+        """Run a command on all containers in these states, but for a stack of another folder with the same project name."""
         containers = self.observe()
-        folders = {c.folder for c in containers if c.service in self.declared or not self.declared}
-        return [c for c in containers if c.service in self.declared or c.folder in folders]
+        folders = {c.folder for c in containers if c.service in self.services or not self.services}
+        ids = [c.id for c in containers if c.state in states and (c.service in self.services or c.folder in folders)]
+        if ids:
+            self.docker(*command.split(), *ids, more=more)
 
     def clean_up(self) -> None:
         """Delete what the setting *prune* says."""
@@ -575,38 +562,15 @@ class _Stack:
         elif self.settings.prune is Prune.PROJECT and not self.project:
             self.compose('down')  # a start that failed before the first container may have left a network
         elif self.settings.prune is Prune.PROJECT:
-            self._remove_containers()
+            with contextlib.suppress(ComposeError):  # perhaps somebody else removes them, too
+                self.apply('rm --force --volumes', State)
+            self.apply('rm --force --volumes', State)  # the engine may just have finished a cancelled `up`
             networks = self.docker('network', 'ls', '--quiet', self.filter).split()
             if networks:
                 self.docker('network', 'rm', *networks)
             # Only Compose 2.x labels the images it builds. One that is in use stays: hence prune, not rm.
             if self.docker('image', 'ls', '--quiet', '--filter=dangling=true', self.filter):
                 self.docker('image', 'prune', '--force', self.filter)
-
-    def _remove_containers(self) -> None:
-        """Remove the containers with their anonymous volumes; look again, for the engine may finish a cancelled `up`."""
-        for tries_left in (2, 1, 0):
-            ids = [c.id for c in self.observe_own()]
-            if not ids:
-                return
-            try:
-                self.docker('rm', '--force', '--volumes', *ids)
-            except ComposeError:  # perhaps somebody else removes them, too
-                if not tries_left:
-                    raise
-
-
-def _complete(settings: Optional[Settings]) -> Settings:
-    """Return the settings with the Compose command filled in."""
-    settings = Settings.load() if settings is None else settings
-    if settings.compose_command:
-        return settings
-    for command in (('docker', 'compose'), ('docker-compose',)):
-        with contextlib.suppress(ComposeError):
-            _run((*command, 'version'), settings.timeout)
-            return settings._replace(compose_command=command)
-    _run(('docker', '--version'), settings.timeout)  # raises if there is no Docker at all
-    raise ComposeError(('docker', 'compose'), None, '', 'no Compose found, neither this nor docker-compose')
 
 
 # -- decide ----------------------------------------------------------------------------------------------------------
@@ -628,12 +592,11 @@ class Verb(enum.Enum):
 
 
 class Streak(NamedTuple):
-    """Repairs of one service that followed each other with less than ten seconds of running in between."""
+    """Repairs that followed each other with less than ten seconds of running in between."""
 
     repairs: int = 0
     began: float = 0.0  # when the first fault was seen
     ended: float = -math.inf  # end of the last repair
-    failed: str = ''  # what the last repair could not mend: the id of a container, or the service's name
 
 
 class Action(NamedTuple):
@@ -644,8 +607,6 @@ class Action(NamedTuple):
     container: str  # id; '' where containers are missing
     label: str
     cause: str
-    targets: Tuple[str, ...]  # what the command names
-    patience: float = 0.0  # seconds to wait at least
     since: float = 0.0  # when the fault was first seen
     due: float = 0.0
     streak: Streak = Streak()  # the repairs before this one
@@ -655,264 +616,170 @@ class Action(NamedTuple):
         """What tells one fault from another."""
         return self.verb, self.container or self.service
 
+    @property
+    def line(self) -> str:
+        """What its repairs count for: the service; but unpausing does not count, and only its failures make it wait."""
+        return self.container if self.verb is Verb.UNPAUSE else self.service
+
 
 class History(NamedTuple):
     """What decide() needs to know of the past."""
 
     since: Mapping[Tuple[Verb, str], float] = {}  # Action.key -> when that fault was first seen
-    streaks: Mapping[str, Streak] = {}  # service -> its last repairs
+    streaks: Mapping[str, Streak] = {}  # Action.line -> its last repairs
 
 
-def decide(
-    containers: Sequence[Container], services: Mapping[str, Service], now: float, history: History, settings: Settings
-) -> List[Action]:
+def decide(containers: Containers, services: Services, now: float, history: History, settings: Settings) -> List[Action]:
     """Return a repair for each fault, due at once or later. Pure.
 
     *containers*: newest first; *now*: seconds of a monotonic clock.
     """
-    actions, known = [], {'', *services, *(c.id for c in containers)}
-    for action in _find_faults(containers, services, history, settings):
+    actions = []
+    for action in _find_faults([c for c in containers if c.service in services], services, settings):
         since = history.since.get(action.key, now)
-        streak = history.streaks.get(action.service, Streak())
+        streak = history.streaks.get(action.line, Streak())
         if since - streak.ended >= _STEADY:
             streak = Streak(began=since)
-        elif streak.failed not in known:  # it failed because somebody removed the container
-            streak = streak._replace(repairs=streak.repairs - 1)
-        delay = max(settings.settle, action.patience)
-        if streak.repairs and (action.verb is not Verb.UNPAUSE or streak.failed == action.container):
-            delay = max(delay, min(2.0 ** min(streak.repairs - 1, 9), _LONGEST_DELAY))
-        actions.append(action._replace(since=since, due=since + delay, streak=streak))
+        delay = min(2.0 ** min(streak.repairs - 1, 9), _LONGEST_DELAY) if streak.repairs else 0.0
+        due = since + max(delay, settings.settle)
+        actions.append(action._replace(since=since, due=due, streak=streak))
     return actions
 
 
-def _find_faults(
-    containers: Sequence[Container], services: Mapping[str, Service], history: History, settings: Settings
-) -> Iterator[Action]:
-    own = [c for c in containers if c.service in services]
+def _find_faults(own: Containers, services: Services, settings: Settings) -> Iterator[Action]:
     for container in own:
-        if container.watched and services[container.service].watched:
-            verb = _find_verb(container, own, services, history, settings)
-            if verb:
-                lost = verb is Verb.RECREATE or verb is Verb.RESTART and container.health != 'unhealthy'
-                cause = 'its network is gone' if lost else container.condition
-                targets = (container.id,) if verb.tool == 'docker' else _name_with_scale(container.service, own, services)
-                patience = _PATIENCE if verb is Verb.START and _is_somebody_at_work(container, own, services) else 0.0
-                yield Action(verb, container.service, container.id, container.label, cause, targets, patience)
+        verb = _find_verb(container, own, services, settings)
+        if verb and container.watched and services[container.service].watched:
+            lost = verb is Verb.RECREATE or verb is Verb.RESTART and container.health != 'unhealthy'
+            cause = 'its network is gone' if lost else container.condition
+            yield Action(verb, container.service, container.id, container.label, cause)
+    for name, cause in _find_missing(own, services):
+        service = services[name]
+        if service.watched and (not service.network_of or _is_met(service.network_of, '', own)):
+            yield Action(Verb.CREATE, name, '', name, cause)
+
+
+def _find_missing(own: Containers, services: Services) -> Iterator[Tuple[str, str]]:
     for name, service in services.items():
-        missing = service.scale - sum(c.service == name and c.state is not State.DEAD for c in own)
-        if missing > 0 and service.watched:
-            cause = 'missing' if service.scale == 1 else '{} of {} missing'.format(missing, service.scale)
-            # Without its network's owner, Compose 1.29 would create it in a network of its own.
-            targets = (name, service.network_of) if service.network_of else (name,)
-            yield Action(Verb.CREATE, name, '', name, cause, targets)
+        missing = service.scale - sum(c.service == name for c in own)
+        if missing > 0:
+            yield name, 'missing' if service.scale == 1 else '{} of {} missing'.format(missing, service.scale)
 
 
-def _find_verb(
-    container: Container, own: Sequence[Container], services: Mapping[str, Service], history: History, settings: Settings
-) -> Optional[Verb]:
+def _find_verb(container: Container, own: Containers, services: Services, settings: Settings) -> Optional[Verb]:
     """Return what has to be done about this container; None: nothing, or not yet."""
-    name, state, service = container.service, container.state, services[container.service]
+    state, network_of = container.state, services[container.service].network_of
+    owner = next((c for c in reversed(own) if c.service == network_of), None)
     if state in (State.PAUSED, State.DEAD):
         return Verb.UNPAUSE if state is State.PAUSED else Verb.REMOVE
     if state in (State.RESTARTING, State.REMOVING) or _is_being_replaced(container, own):
         return None  # Docker, or somebody, is at it
-    if service.network_of and not _is_met('service_started', service.network_of, own):
+    if network_of and (owner is None or owner.state is not State.RUNNING):
         return None  # it can't run before that one does
-    if service.network_of and container.network_owner not in ('?', *(c.id for c in own)):
-        return Verb.RECREATE
-    if state is State.RUNNING and any(c.id == container.network_owner and c.started_at > container.started_at for c in own):
+    if owner and own.index(owner) < own.index(container):
+        return Verb.RECREATE  # it was made for the network of an older one
+    if state is State.RUNNING and owner and owner.age < container.age:
         return Verb.RESTART  # a container that is started anew gets a new network; who shares the old one is cut off
     if state is State.RUNNING:
         return Verb.RESTART if container.health == 'unhealthy' and settings.unhealthy is Unhealthy.RESTART else None
-    if _has_done_its_job(container, services):
-        return None
-    return Verb.UP if container.id == history.streaks.get(name, Streak()).failed else Verb.START
+    if state is State.CREATED and not all(_is_met(*needed, own) for needed in services[container.service].depends_on.items()):
+        return None  # somebody's `up` will start it then
+    return None if _has_done_its_job(container, services) else Verb.START
 
 
-def _name_with_scale(name: str, own: Sequence[Container], services: Mapping[str, Service]) -> Tuple[str, ...]:
-    """Return what names the service to `up`, so that containers which somebody has added stay."""
-    count = sum(c.service == name for c in own)
-    return (name, '--scale={}={}'.format(name, count)) if count > services[name].scale else (name,)
-
-
-def _is_somebody_at_work(container: Container, own: Sequence[Container], services: Mapping[str, Service]) -> bool:
-    """Tell whether somebody's `up` may be about to start this created container, once others are ready, or replaced."""
-    needed = services[container.service].depends_on.items()
-    waits = not all(_is_met(condition, other, own) for other, condition in needed if other in services)
-    return container.state is State.CREATED and (waits or any(_is_being_replaced(c, own) for c in own))
-
-
-def _has_done_its_job(container: Container, services: Mapping[str, Service]) -> bool:
+def _has_done_its_job(container: Container, services: Services) -> bool:
     wanted = [service.depends_on.get(container.service) for service in services.values()]
     return container.state is State.EXITED and container.exit_code == 0 and 'service_completed_successfully' in wanted
 
 
-def _is_being_replaced(container: Container, own: Sequence[Container]) -> bool:
+def _is_being_replaced(container: Container, own: Containers) -> bool:
     """Tell whether somebody's `up --force-recreate` is at work: for a while, old and new container bear one number.
 
-    Compose 2.x creates the new one beside the old one running, 1.29 beside the old one stopped. So of two that do not
-    run, only the newest may be started.
+    Compose 2.x creates the new one beside the old one running, 1.29 beside the old one stopped. So only the newest is
+    touched, and not while an older one runs.
     """
     twins = [c for c in own if (c.service, c.number) == (container.service, container.number)]
-    return container.state not in _ALIVE and (twins[0] is not container or any(c.state in _ALIVE for c in twins))
+    return twins[0] is not container or any(c.state in _ALIVE for c in twins[1:])
 
 
-def _is_met(condition: str, name: str, own: Sequence[Container]) -> bool:
+def _is_met(name: str, condition: str, own: Containers) -> bool:
     """Tell whether the service *name* is as a `depends_on` wants it."""
-    containers = [c for c in own if c.service == name]
     if condition == 'service_completed_successfully':
-        return any(c.exit_code == 0 for c in containers)
-    return any(c.state is State.RUNNING and (condition != 'service_healthy' or c.health == 'healthy') for c in containers)
-
-
-def _mend(stack: _Stack, group: Sequence[Action]) -> str:
-    """Run the one command that mends these faults of one kind; return its output."""
-    verb, targets = group[0].verb, sorted({target for action in group for target in action.targets})
-    if verb.tool == 'compose':
-        return stack.compose(*verb.arguments, *targets, limit=10 * stack.settings.timeout)
-    grace = stack.longest_grace(targets) if verb is Verb.RESTART else 0.0
-    return stack.docker(*verb.arguments, *targets, limit=stack.settings.timeout + grace)
+        return any(c.service == name and c.exit_code == 0 for c in own)
+    running = [c for c in own if c.service == name and c.state is State.RUNNING]
+    return any(condition != 'service_healthy' or c.health == 'healthy' for c in running)
 
 
 # -- the watcher -----------------------------------------------------------------------------------------------------
-class UpFlag(threading.Event):
-    """A flag that is up while the stack shall run; lowering it wakes the watcher at once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._guard = threading.RLock()
-        self._pipe: Tuple[int, ...] = ()  # readable while the flag is down
-        self._pid = os.getpid()  # a fork has a flag of its own, but would share the pipe
-        self.set()
-
-    @property
-    def value(self) -> bool:
-        """Whether the flag is up; set it to False to end the watcher."""
-        return self.is_set()
-
-    @value.setter
-    def value(self, up: bool) -> None:
-        with self._guard:
-            if self._pipe and self._pid == os.getpid() and up != self.is_set():
-                _ = os.read(self._pipe[0], 1) if up else os.write(self._pipe[1], b'.')
-            (super().set if up else super().clear)()
-
-    def set(self) -> None:
-        """Raise the flag."""
-        self.value = True
-
-    def clear(self) -> None:
-        """Lower the flag."""
-        self.value = False
-
-    def fileno(self) -> int:
-        """Return a file descriptor that is readable while the flag is down; it lives as long as the flag."""
-        with self._guard:
-            if not self._pipe:
-                self._pipe = os.pipe()
-                if not self.is_set():
-                    os.write(self._pipe[1], b'.')
-            return self._pipe[0]
-
-
-UP_FLAG = UpFlag()
-
-
 class _Watch:
     """Observe, decide, act, over and over. Repairs run in threads, so that a slow one holds up no other service."""
 
-    def __init__(
-        self, stack: _Stack, services: Optional[Mapping[str, Service]] = None, notify: Notify = str,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:  # fmt: skip
+    def __init__(self, stack: _Stack, clock: Callable[[], float] = time.monotonic) -> None:
         from concurrent.futures import Future, ThreadPoolExecutor
 
-        self.stack, self.settings, self.notify, self.clock = stack, stack.settings, notify, clock
-        self.services = services  # None: not read yet
+        self.stack, self.settings, self.clock = stack, stack.settings, clock
+        self.wake = threading.Event()  # set when there is something to look at
+        self.woken = -math.inf  # when the last event came
         self.history = History()
-        self.definitions: Any = set()  # (service, config hash) of all containers seen
-        self.repairs: Dict[Future[str], Tuple[List[Action], float]] = {}  # under way: what, and since when
+        self.known: Any = None  # ids of the containers seen when the Compose files were read; None: read them
+        self.repairs: Dict[Future[Any], Tuple[List[Action], float]] = {}  # under way: what, and since when
+        self.pool, self.composing = ThreadPoolExecutor(16), threading.Lock()
         self.failures = 0  # repairs that failed
         self.outage: Optional[float] = None  # when Docker stopped to answer
-        self.events: Optional[subprocess.Popen[bytes]] = None
-        self.events_opened = self.reopening = self.woken = -math.inf  # woken: when the last event came
-        self.events_until = ''  # the engine's time up to which no event is missed
-        # One Compose command at a time: two would create the same network twice.
-        self.pools = {'docker': ThreadPoolExecutor(16), 'compose': ThreadPoolExecutor(1)}
-        self.wake = os.pipe()  # written to when a repair has ended
-        self.selector = selectors.DefaultSelector()
-        for file in (self.wake[0], UP_FLAG):
-            self.selector.register(file, selectors.EVENT_READ)
-
-    def close(self) -> None:
-        """End what was started. Repairs under way end by themselves when the flag is lowered."""
-        self._close_events()
-        for pool in self.pools.values():
-            pool.shutdown()
-        self.selector.close()
-        for descriptor in self.wake:
-            os.close(descriptor)
+        self.stream: Optional[subprocess.Popen[bytes]] = None  # `docker events`, open or ended
 
     def run(self) -> None:
         """Watch until the flag is lowered."""
-        timeout = 0.0
-        with contextlib.closing(self):
-            while self.wait(timeout):
+        follower = threading.Thread(target=self.follow_events, daemon=True)
+        with UP_FLAG.when_lowered(self.wake.set), self.pool:
+            while UP_FLAG.value:
                 timeout = self.settings.interval
                 try:
                     timeout = self.cycle()
+                    if self.stack.project and not follower.ident:
+                        follower.start()
                 except _Cancelled:
-                    pass  # wait() returns at once
+                    pass
                 except Exception:
                     logger.exception('unexpected error; the next check is in %g s', timeout)
+                self.wake.wait(max(0.0, min(timeout, threading.TIMEOUT_MAX)))
+                self.wake.clear()
+        if follower.ident:
+            follower.join()
 
-    def wait(self, timeout: float) -> bool:
-        """Wait until a repair has ended, Docker reports an event, or the timeout; return False if the flag is down."""
-        for key, _ in self.selector.select(max(0.0, min(timeout, 1e6))):  # epoll takes 24 days at most
-            if key.fileobj is UP_FLAG:
-                continue
-            if not os.read(key.fd, 1 << 16):  # the end of the event stream
-                if self.clock() - self.events_opened < _STREAM_LIFE - 5:
-                    self.events_until = ''  # lost before its time: nobody knows what was missed
-                self._close_events()
-            elif key.fd != self.wake[0]:
-                self.woken = self.clock()
-        return UP_FLAG.value
-
-    def _open_events(self, now: float) -> None:
-        """Keep a stream open. Each begins where the last one ended, so that no event falls in between."""
-        if self.events is None and self.stack.project and now >= self.reopening:
-            self.events_opened, self.reopening = now, now + min(self.settings.interval, _STREAM_LIFE / 2)
-            if not self.events_until:
-                self.woken = now  # what happened just before counts as an event
-            with contextlib.suppress(OSError):  # no process to be had just now: the interval will do
-                self.events, self.events_until = self.stack.open_events(self.events_until)
-                self.selector.register(self.events.stdout, selectors.EVENT_READ)  # type: ignore[arg-type]
-
-    def _close_events(self) -> None:
-        if self.events is not None:
-            self.selector.unregister(self.events.stdout)  # type: ignore[arg-type]
-            _kill(self.events)
-            self.events.stdout.close()  # type: ignore[union-attr]
-            self.events = None
+    def follow_events(self) -> None:
+        """Wake the watcher at each event until the flag is lowered, from one stream after the other."""
+        until, pause, over = '', 0.0, threading.Event()
+        with UP_FLAG.when_lowered(over.set):
+            while not over.wait(pause):
+                began, pause = self.clock(), min(self.settings.interval, _STREAM_LIFE / 2)
+                with contextlib.suppress(
+                    _Cancelled, ComposeError, OSError, ValueError
+                ):  # none to be had just now: the interval will do
+                    self.stream, until = self.stack.open_events(until)
+                    with UP_FLAG.when_lowered(functools.partial(_kill, self.stream)), self.stream as stream:
+                        while os.read(stream.stdout.fileno(), 1 << 16):  # type: ignore[union-attr]
+                            self.woken = self.clock()
+                            self.wake.set()
+                    if self.clock() - began < _STREAM_LIFE - 5:
+                        until = ''  # lost before its time: nobody knows what was missed
+                    else:
+                        pause = 0.0
 
     def cycle(self) -> float:
         """Take one look and begin what is due; return the seconds until the next look is wanted."""
         self.finish_repairs()
         now, interval = self.clock(), self.settings.interval
         try:
-            self.stack.find_project()
-            self._open_events(now)
             containers = self.stack.observe()
-            seen = {(c.service, c.config_hash) for c in containers}
-            if self.services is None or self.definitions and not seen <= self.definitions:  # somebody has deployed changes
-                self._read_services()
-            self.definitions = seen
+            ids = {c.id for c in containers}
+            if self.known is None or not self.repairs and not ids.issubset(self.known):  # somebody has deployed, perhaps changes
+                self.stack.read_services()
+                self.known = ids
         except ComposeError as error:
-            self._close_events()
-            self.events_until = ''
-            self.stack.details = {}  # nothing is repaired on the strength of old knowledge
-            self.history = self.history._replace(since={})
+            self.history = self.history._replace(since={})  # nothing is repaired on the strength of old knowledge
+            if self.stream is not None and self.stream.poll() is None:
+                _kill(self.stream)  # perhaps it hangs, too
             if self.outage is None:
                 self.outage = now
                 _warn('Docker does not answer; trying again every {:g} s: {}'.format(interval, error))
@@ -921,130 +788,122 @@ class _Watch:
             logger.info('Docker answers again, after %.0f s', now - self.outage)
             self.outage = None
         recent = now - self.woken < _AFTERMATH
-        services = self.services or {}
-        actions = decide(containers, services, self.woken if recent else now, self.history, self.settings)
+        actions = decide(containers, self.stack.services, self.woken if recent else now, self.history, self.settings)
         busy = {action.service for group, _ in self.repairs.values() for action in group}
         actions = [action for action in actions if action.service not in busy]
-        self._warn_of_loops(actions, now)
+        for action in actions:
+            if action.streak.repairs + 1 >= _LOOP and action.key not in self.history.since:
+                _warn(_describe_loop(action, now))
         self.history = self.history._replace(since={action.key: action.since for action in actions})
-        self._act([action for action in actions if action.due <= now])
-        self.notify('STATUS={}\nWATCHDOG=1'.format(_summarize(containers, services, actions)))
-        waiting = [now + interval, self.reopening if self.stack.project and not self.events else math.inf]
-        waiting += [now + max(0.03, now - self.woken)] if recent else []
-        return min(waiting + [action.due for action in actions if action.due > now]) - self.clock()
+        for verb in Verb:
+            group = [action for action in actions if action.verb is verb and action.due <= now]
+            if group:
+                future = self.pool.submit(self._mend, verb, group)
+                self.repairs[future] = group, now
+                future.add_done_callback(lambda _: self.wake.set())
+        status = '; '.join('{}: {}'.format(action.label, action.cause) for action in actions)
+        running = [c.state is State.RUNNING for c in containers if c.service in self.stack.services]
+        self.stack.notify('STATUS={}\nWATCHDOG=1'.format(status or '{} of {} running'.format(sum(running), len(running))))
+        again = max(0.1 if self.repairs else 0.01, now - self.woken)  # a look slows a repair down
+        wanted = [now + interval, now + again if recent else math.inf]
+        return min(wanted + [action.due for action in actions if action.due > now]) - self.clock()
 
-    def _read_services(self) -> None:
-        """Read the Compose files; if that fails another time, go on by what they said before."""
+    def _mend(self, verb: Verb, group: Sequence[Action]) -> List[Tuple[Action, Verb, Optional[ComposeError]]]:
+        """Run the one command that mends these faults; return what was done about each, and the error if it failed.
+
+        Compose brings up what Docker could not start. Where Compose failed for several, each gets a command of its own.
+        """
+        targets = sorted({action.container if verb.tool == 'docker' else action.service for action in group})
         try:
-            self.services = self.stack.services()
+            if verb.tool == 'docker':
+                self.stack.docker(*verb.arguments, *targets, more=self.stack.longest_grace(targets) if verb is Verb.RESTART else 0)
+            else:
+                with self.composing:  # two at a time would create the same network twice
+                    self.stack.compose(*verb.arguments, *targets, more=9 * self.settings.timeout)
+            return [(action, verb, None) for action in group]
         except ComposeError as error:
-            if self.services is None:
-                raise
-            _warn('the Compose file cannot be read; going on by what it said before: {}'.format(error))
-
-    def _warn_of_loops(self, actions: Iterable[Action], now: float) -> None:
-        for action in actions:
-            repairs, began = action.streak[:2]
-            if repairs + 1 >= _LOOP and action.key not in self.history.since and action.verb is not Verb.UNPAUSE:
-                text = '{}: crash loop, {} for the {} time in {:.0f} s; next try in {:.0f} s'
-                _warn(text.format(action.label, action.cause, _ordinal(repairs + 1), now - began, action.due - now))
-
-    def _act(self, actions: Iterable[Action]) -> None:
-        """Begin the repairs: one command for all of a kind, but one of its own for each service that Compose failed for."""
-        groups: Dict[Tuple[Verb, str], List[Action]] = {}
-        for action in actions:
-            alone = self.history.streaks.get(action.service, Streak()).failed == action.service
-            groups.setdefault((action.verb, action.service if alone else ''), []).append(action)
-        for (verb, _), group in groups.items():
-            future = self.pools[verb.tool].submit(_mend, self.stack, group)
-            self.repairs[future] = (group, self.clock())
-            future.add_done_callback(lambda _: os.write(self.wake[1], b'.'))
+            outcomes: List[Tuple[Action, Verb, Optional[ComposeError]]] = []
+            for action in group:
+                if action.container in error.stdout.split():  # Docker prints the id of each container that it has mended
+                    outcomes.append((action, verb, None))
+                elif verb is Verb.START:
+                    logger.info('%s; bringing %s up instead', error, action.label)
+                    outcomes += self._mend(Verb.UP, [action])
+                elif verb.tool == 'compose' and len(group) > 1:
+                    outcomes += self._mend(verb, [action])
+                else:
+                    outcomes.append((action, verb, error))
+            return outcomes
 
     def finish_repairs(self) -> None:
-        """Take note of the repairs that have ended."""
+        """Take note of the repairs that have ended: their faults are over, or begin anew, and the next one may have to wait."""
+        since, streaks = dict(self.history.since), dict(self.history.streaks)
         for future in [future for future in self.repairs if future.done()]:
-            group, began = self.repairs.pop(future)
-            error = future.exception()
-            if isinstance(error, _Cancelled):
-                continue
-            for action in group:
-                # Docker prints the id of each container that it has mended, also if it fails for others.
-                failed = error is not None and action.container not in getattr(error, 'stdout', '').split()
-                self.failures += failed
-                self._record(action, failed)
-                if failed:
-                    logger.error('%s: %s, not %s: %s', action.label, action.cause, action.verb.done, error)
+            began = self.repairs.pop(future)[1]
+            for action, verb, error in future.result():
+                since.pop(action.key, None)
+                if error is not None or action.verb not in (Verb.UNPAUSE, Verb.REMOVE):
+                    streaks[action.line] = Streak(action.streak.repairs + 1, action.streak.began, self.clock())
+                if error is not None:
+                    self.failures += 1
+                    logger.error('%s: %s, not %s: %s', action.label, action.cause, verb.done, error)
                 else:
-                    seconds = self.clock() - began
-                    logger.info('%s: %s -> %s (%.2f s)', action.label, action.cause, action.verb.done, seconds)
-            if group[0].verb.tool == 'compose':
-                self._read_services()  # perhaps the service is not declared any more, or with another scale
-
-    def _record(self, action: Action, failed: bool) -> None:
-        """Remember a repair: its fault is over, or begins anew, and the next one of this service may have to wait."""
-        since = {key: seen for key, seen in self.history.since.items() if key != action.key}
-        streaks = dict(self.history.streaks)
-        if failed or action.verb is not Verb.UNPAUSE:
-            repairs, began = action.streak[:2]
-            streaks[action.service] = Streak(repairs + 1, began, self.clock(), action.targets[0] if failed else '')
+                    logger.info('%s: %s -> %s (%.2f s)', action.label, action.cause, verb.done, self.clock() - began)
+                if verb.tool == 'compose':
+                    self.known = None  # perhaps the service is not declared any more, or with another scale
         self.history = History(since, streaks)
 
 
-def _summarize(containers: Sequence[Container], services: Mapping[str, Service], actions: Sequence[Action]) -> str:
-    if actions:
-        return '; '.join('{}: {}'.format(action.label, action.cause) for action in actions)
-    own = [c for c in containers if c.service in services]
-    return '{} of {} running'.format(sum(c.state is State.RUNNING for c in own), len(own))
+def _describe_loop(action: Action, now: float) -> str:
+    count, began = action.streak.repairs + 1, action.streak.began
+    ordinal = str(count) + ('th' if 10 < count % 100 < 14 else {1: 'st', 2: 'nd', 3: 'rd'}.get(count % 10, 'th'))
+    text = '{}: crash loop, {} for the {} time in {:.0f} s; next try in {:.0f} s'
+    return text.format(action.label, action.cause, ordinal, now - began, action.due - now)
 
 
-def _ordinal(number: int) -> str:
-    return str(number) + ('th' if 10 < number % 100 < 14 else {1: 'st', 2: 'nd', 3: 'rd'}.get(number % 10, 'th'))
+def _watch(stack: _Stack) -> None:
+    stack.flag = UP_FLAG
+    _Watch(stack).run()
 
 
-# -- the watcher as a thread or a process ----------------------------------------------------------------------------
-def _watch(stack: _Stack, services: Optional[Mapping[str, Service]] = None, notify: Notify = str) -> None:
-    _Watch(_Stack(stack.settings, stack.project, UP_FLAG, stack.folder), services, notify).run()
-
-
-def _watch_in_process(stack: _Stack, services: Mapping[str, Service], notify: Notify) -> None:
+def _watch_in_process(stack: _Stack) -> None:
     """Keep a watcher process running while the flag is up."""
     import multiprocessing.connection
 
-    while UP_FLAG.value:
-        theirs, ours = multiprocessing.Pipe(duplex=False)  # says nothing; its end is what counts
-        arguments = (theirs, ours, stack, services, notify, logger.level if notify is _notify else None)
-        process = multiprocessing.Process(target=_process_main, args=arguments, daemon=True)
-        with contextlib.closing(ours), contextlib.suppress(OSError):  # no process to be had just now
-            try:
-                process.start()
-            except (AssertionError, RuntimeError) as error:  # such as: daemonic processes can't have children
-                _warn('no watcher process can be started ({}); watching in a thread'.format(error))
-                return _watch(stack, services, notify)
-            theirs.close()
-            multiprocessing.connection.wait([process.sentinel, UP_FLAG.fileno()])
-        if process.pid is not None:
+    lowered, stack.flag = threading.Event(), None
+    with UP_FLAG.when_lowered(lowered.set):
+        while not lowered.is_set():
+            theirs, ours = multiprocessing.Pipe(duplex=False)  # says nothing; its end is what counts
+            process = multiprocessing.Process(target=_process_main, args=(theirs, ours, stack, logger.level), daemon=True)
+            with contextlib.closing(theirs), contextlib.closing(ours), UP_FLAG.when_lowered(ours.close):
+                try:
+                    process.start()
+                    multiprocessing.connection.wait([process.sentinel, theirs])
+                except (OSError, AssertionError, RuntimeError) as error:  # such as: daemonic processes can't have children
+                    _warn('no watcher process can be started ({}); watching in a thread'.format(error))
+                    return _watch(stack)
             process.join(2)
-        if not multiprocessing.connection.wait([UP_FLAG.fileno()], _RESPAWN):
-            _warn('the watcher process has died (exit code {}); starting it again'.format(process.exitcode))
+            if process.pid and process.exitcode is None:
+                os.kill(process.pid, signal.SIGKILL)
+            if not lowered.wait(_RESPAWN):
+                _warn('the watcher process has died (exit code {}); starting it again'.format(process.exitcode))
 
 
-def _process_main(
-    channel: Any, parents_end: Any, stack: _Stack, services: Mapping[str, Service], notify: Notify, level: Optional[int]
-) -> None:
-    """Watch in a process of its own, until the parent closes its end of the channel or is gone."""
-    parents_end.close()  # with this copy open, the end of the parent would go unnoticed
+def _process_main(theirs: Any, ours: Any, stack: _Stack, level: int) -> None:
+    """Watch in a process of its own, until the parent closes its end of the pipe or is gone."""
+    ours.close()  # with this copy open, the end of the parent would go unnoticed
     for signum in (signal.SIGINT, stack.settings.kill_signal):
         signal.signal(signum, lambda *_: None)  # the parent's business; not SIG_IGN, which commands would inherit
-    UP_FLAG.__init__()  # type: ignore[misc]  # a forked copy would wake the parent's watcher
-    if level is not None:  # on the command line: a process that is not forked has to be told
+    UP_FLAG.__init__()  # type: ignore[misc]  # a forked copy has the parent's callbacks
+    if stack.notify is _notify:  # on the command line: a process that is not forked has to be told
         _set_up_logging(level)
-    threading.Thread(target=_lower_with_parent, args=(channel, os.getppid()), daemon=True).start()
-    _watch(stack, services, notify)
+    threading.Thread(target=_lower_with_parent, args=(theirs, os.getppid()), daemon=True).start()
+    _watch(stack)
 
 
-def _lower_with_parent(channel: Any, parent: int) -> None:
-    """Lower the flag when the parent closes the channel, or has died while a fork of it still holds it open."""
-    while not channel.poll(1.0) and os.getppid() == parent:
+def _lower_with_parent(theirs: Any, parent: int) -> None:
+    """Lower the flag when the parent closes the pipe, or has died while a fork of it still holds it open."""
+    while not theirs.poll(1.0) and os.getppid() == parent:
         pass
     UP_FLAG.value = False
 
@@ -1055,7 +914,7 @@ def start_container(settings: Optional[Settings] = None) -> None:
 
     Raises ComposeError if Docker or Compose fails, ValueError for a bad setting.
     """
-    stack = _Stack(_complete(settings))
+    stack = _Stack(settings)
     stack.unpause()
     stack.up()
 
@@ -1065,7 +924,7 @@ def stop_container(settings: Optional[Settings] = None) -> None:
 
     Raises ComposeError if it can't be stopped, ValueError for a bad setting; a failed clean-up is a ComposeWarning.
     """
-    _Stack(_complete(settings)).stop()
+    _Stack(settings).stop()
 
 
 def watch_container(settings: Optional[Settings] = None) -> None:
@@ -1074,71 +933,61 @@ def watch_container(settings: Optional[Settings] = None) -> None:
     That Docker does not answer is a ComposeWarning, and it goes on trying. Raises ComposeError only if there is no
     Compose command at all, ValueError for a bad setting.
     """
-    _watch(_Stack(_complete(settings)))
+    _watch(_Stack(settings))
 
 
-def docker_compose(settings: Optional[Settings] = None) -> ContextManager[UpFlag]:
+@contextlib.contextmanager
+def docker_compose(settings: Optional[Settings] = None) -> Iterator[UpFlag]:
     """Return a context manager: inside, the stack is up and watched; at the end it is stopped and cleaned up.
 
     It gives UP_FLAG. Entering raises ComposeError if the stack can't be started (all is undone then), ValueError for a
     bad setting. What the body raises comes out again after the clean-up, which no further signal interrupts.
     """
-    return _supervise(settings, str)
+    with _supervise(_Stack(settings)) as flag:
+        yield flag
 
 
 @contextlib.contextmanager
-def _supervise(settings: Optional[Settings], notify: Notify) -> Iterator[UpFlag]:
+def _supervise(stack: _Stack) -> Iterator[UpFlag]:
+    from concurrent.futures import ThreadPoolExecutor, TimeoutError
+
     process = sys.modules.get('multiprocessing.process')
     if process is not None and getattr(process.current_process(), '_inheriting', False):  # a watcher process that starts
         raise RuntimeError("docker_compose() must stand under `if __name__ == '__main__':`, as multiprocessing wants it")
-    settings = _complete(settings)
-    stack = _Stack(settings)
-    signals = {int(signal.SIGINT), settings.kill_signal} if _is_main_thread() else set()
-    _Signals.deaf_until = 0.0
-    with _handling(signum for signum in signals if callable(signal.getsignal(signum))):
-        UP_FLAG.value = True
-        stack.unpause()
-        failed = True
+    UP_FLAG.value = True
+    stack.unpause()  # if this fails, there is nothing to undo
+    stack.flag, failed = UP_FLAG, True
+    target = _watch_in_process if stack.settings.watcher is Watcher.PROCESS else _watch
+    watcher = threading.Thread(target=target, args=(stack,), name='broapt-watchdog', daemon=True)
+    pool = ThreadPoolExecutor(1)
+    with _handling({int(signal.SIGINT), stack.settings.kill_signal}):
         try:
             try:
-                stack.up()
-                services, counts = stack.services(), collections.Counter(c.service for c in stack.observe())
-                services = {name: service._replace(scale=counts[name]) for name, service in services.items()}
-                with _watching(stack, services, notify):
-                    yield UP_FLAG
+                started = pool.submit(stack.start)  # in a thread: here, a signal that comes while it starts a process would lose it
+                while not started.done():
+                    with contextlib.suppress(TimeoutError):  # no endless wait: the kernel may give a signal to another thread
+                        started.result(1.0)
+                started.result()
+                pool.shutdown()
+                watcher.start()
+                stack.notify('READY=1')
+                yield UP_FLAG
                 failed = False
             finally:
-                _Signals.deaf_until = math.inf
+                _Signals.deaf_until = math.inf  # from here on, further signals are only noted
         finally:  # nested, for a signal may come before that
-            with _handling(signals):
-                UP_FLAG.value = False
-                notify('STOPPING=1')
-                _stop(stack, failed)
-            _Signals.deaf_until = 0.0
-
-
-def _stop(stack: _Stack, failed: bool) -> None:
-    logger.info('stopping the stack')
-    try:
-        stack.stop()
-    except ComposeError as error:
-        if not failed:
-            raise
-        _warn('the stack could not be stopped: {}'.format(error))  # what went wrong before comes out
-
-
-@contextlib.contextmanager
-def _watching(stack: _Stack, services: Mapping[str, Service], notify: Notify) -> Iterator[None]:
-    target = _watch_in_process if stack.settings.watcher is Watcher.PROCESS else _watch
-    thread = threading.Thread(target=target, args=(stack, services, notify), name='broapt-watchdog', daemon=True)
-    thread.start()
-    try:
-        notify('READY=1')
-        yield
-    finally:
-        _Signals.deaf_until = math.inf  # from here on, further signals are only noted
-        UP_FLAG.value = False
-        thread.join()
+            logger.info('stopping the stack')
+            stack.notify('STOPPING=1')
+            UP_FLAG.value = False
+            pool.shutdown()
+            if watcher.ident is not None:
+                watcher.join()
+            try:
+                stack.stop()
+            except ComposeError as error:
+                if not failed:
+                    raise
+                _warn('the stack could not be stopped: {}'.format(error))  # what went wrong before comes out
 
 
 # -- signals ---------------------------------------------------------------------------------------------------------
@@ -1147,8 +996,7 @@ class _Signals:
 
     number: Optional[int] = None  # the kill signal
     previous: Dict[int, Any] = {}  # the handlers that flask_exit replaced
-    # Monotonic: for a second from a signal on (it may come twice), while a process is started, and during the clean-up.
-    deaf_until = 0.0
+    deaf_until = 0.0  # monotonic: for a second from a signal on, which PyInstaller's bootloader repeats, and in the clean-up
     noted: List[int] = []  # signals that came while deaf
 
 
@@ -1176,55 +1024,28 @@ def flask_exit(signum: Optional[int] = None, frame: Any = None) -> None:
 
 def register(settings: Optional[Settings] = None) -> None:
     """Make flask_exit the handler of the kill signal. Raises ValueError outside the main thread, or for a bad setting."""
-    settings = Settings.load() if settings is None else settings
-    if not _is_main_thread():
+    number = (Settings.load() if settings is None else settings).kill_signal
+    if threading.current_thread() is not threading.main_thread():
         raise ValueError('register() must be called in the main thread: Python handles signals there')
-    _Signals.number, _Signals.deaf_until = settings.kill_signal, 0.0
-    _hook(settings.kill_signal)
-
-
-@contextlib.contextmanager
-def _holding_signals() -> Iterator[None]:
-    """Let signals wait until the end of the block."""
-    if not _is_main_thread():
-        yield
-        return
-    deaf_until, known = _Signals.deaf_until, len(_Signals.noted)
-    _Signals.deaf_until = math.inf
-    try:
-        yield
-    finally:
-        _Signals.deaf_until = deaf_until
-        held, _Signals.noted[known:] = _Signals.noted[known:], []
-        for signum in held:
-            flask_exit(signum)
-
-
-def _is_main_thread() -> bool:
-    return threading.current_thread() is threading.main_thread()
-
-
-def _hook(signum: int) -> None:
-    if signal.getsignal(signum) is not flask_exit:
-        _Signals.previous[signum] = signal.getsignal(signum)
-        signal.signal(signum, flask_exit)
+    _Signals.number, _Signals.deaf_until = number, 0.0
+    if signal.getsignal(number) is not flask_exit:
+        _Signals.previous[number] = signal.signal(number, flask_exit)
 
 
 @contextlib.contextmanager
 def _handling(signals: Iterable[int]) -> Iterator[None]:
-    """Let flask_exit handle these signals: the first one interrupts, further ones are noted.
-
-    One signal can come twice at once: a PyInstaller program is two processes, and the first one forwards.
-    """
-    # None is a handler that Python can't put back.
-    replaced = [signum for signum in signals if signal.getsignal(signum) not in (flask_exit, None)]
-    for signum in replaced:
-        _hook(signum)
+    """Let flask_exit handle these signals, unless they are ignored; at the end, tell which came in the clean-up."""
+    main = threading.current_thread() is threading.main_thread()  # only there can they be handled
+    kept = (flask_exit, signal.SIG_IGN, None)  # None: Python could not put that handler back
+    replaced = [signum for signum in signals if main and signal.getsignal(signum) not in kept]
+    _Signals.deaf_until = 0.0
+    _Signals.previous.update((signum, signal.signal(signum, flask_exit)) for signum in replaced)
     try:
         yield
     finally:
         for signum in replaced:
             signal.signal(signum, _Signals.previous.pop(signum))
+        _Signals.deaf_until = 0.0
         while _Signals.noted:
             name = signal.Signals(_Signals.noted.pop(0)).name
             logger.info('%s came while the stack was being stopped; it changed nothing', name)
@@ -1233,50 +1054,50 @@ def _handling(signals: Iterable[int]) -> Iterator[None]:
 # -- the command line ------------------------------------------------------------------------------------------------
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the command line; return the exit code: 0 fine, 1 Docker failed or a fault was found, 2 bad usage or setting."""
-    parser = _make_parser()
-    arguments = vars(parser.parse_args(argv))
-    command, dry_run, as_json = arguments.pop('command'), arguments.pop('dry_run'), arguments.pop('json')
-    if dry_run and command != 'check' or as_json and command != 'status':
-        parser.error('--dry-run goes with check, --json with status')
-    _set_up_logging(arguments.pop('level'))
+    arguments = _parse_arguments(argv)
+    command, dry_run, as_json, level = map(arguments.pop, ('command', 'dry_run', 'json', 'level'))
+    _set_up_logging(level)
     try:
         settings = Settings.load(**arguments)
         if command == 'run':
             return _run_until_signal(settings)
-        stack = _Stack(_complete(settings), cancel=UP_FLAG)
+        stack = _Stack(settings)
         code = _status(stack, as_json) if command == 'status' else _explain(stack) if dry_run else _check(stack)
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
-        return 1
+        return 0 if command == 'run' else 1
     except (ValueError, ComposeError, OSError) as error:
         print('broapt_compose: {}'.format(error), file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
 
 
-def _make_parser() -> Any:
+def _parse_arguments(argv: Optional[Sequence[str]]) -> Dict[str, Any]:
     import argparse
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> Any:
             self.exit(2, '{}: {}; --help lists what is accepted\n'.format(self.prog, message))
 
-    parser = Parser('broapt_compose', allow_abbrev=False)
-    parser.description = 'Bring a Docker Compose stack up, keep it up, and stop it at the end.'
-    parser.epilog = 'Every setting can also come from the environment, for example BROAPT_INTERVAL.'
+    table = {field.lower(): texts for field, *texts in re.findall('BROAPT_(\\w+) +(.+?)  +(.+)', __doc__ or '')}
+    parser = Parser('broapt_compose', description=(__doc__ or '').split('\n')[0], allow_abbrev=False,
+                    epilog='Every setting can also come from the environment, for example BROAPT_INTERVAL.')  # fmt: skip
     commands = 'run: up, watch, stop at the signal (default); check: look once, and repair; status: a table'
     parser.add_argument('command', nargs='?', choices=('run', 'check', 'status'), default='run', help=commands)
-    for option in _OPTIONS:
-        action = 'append' if option.parse is _parse_files else 'store'
-        metavar = max(option.flags[:2], key=len).lstrip('-').upper()
-        parser.add_argument(*option.flags, dest=option.field, metavar=metavar, action=action, help=option.help)
+    for field, (flags, parse, _) in _OPTIONS.items():
+        metavar, action = flags.split()[0][2:].upper(), 'append' if parse is _parse_files else 'store'
+        text = '{} (default: {})'.format(*table.get(field, ('', '')))
+        parser.add_argument(*flags.split(), dest=field, metavar=metavar, action=action, help=text)
     parser.add_argument('--dry-run', action='store_true', help='with check: tell what would be done and why, and do nothing')
     parser.add_argument('--json', action='store_true', help='with status: print one JSON document')
     level: Dict[str, Any] = {'dest': 'level', 'action': 'store_const', 'default': logging.INFO}
     parser.add_argument('-v', '--verbose', const=logging.DEBUG, help='log every command', **level)
     parser.add_argument('-q', '--quiet', const=logging.WARNING, help='log only warnings and errors', **level)
     parser.add_argument('-V', '--version', action='version', version='%(prog)s ' + __version__)
-    return parser
+    arguments = vars(parser.parse_args(argv))
+    if arguments['dry_run'] and arguments['command'] != 'check' or arguments['json'] and arguments['command'] != 'status':
+        parser.error('--dry-run goes with check, --json with status')
+    return arguments
 
 
 def _set_up_logging(level: int) -> None:
@@ -1287,22 +1108,21 @@ def _set_up_logging(level: int) -> None:
 
 
 def _run_until_signal(settings: Settings) -> int:
+    signals = (signal.SIGINT, settings.kill_signal)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where it is ignored, in the background of a script
     register(settings)
-    _hook(signal.SIGINT)
     usec = os.environ.get('WATCHDOG_USEC', '') if os.environ.get('WATCHDOG_PID', str(os.getpid())) == str(os.getpid()) else ''
     if usec.isdigit():  # check twice as often as systemd wants to hear of it: sd_watchdog_enabled(3)
         settings = settings._replace(interval=min(settings.interval, max(int(usec), 1) / 2e6))
     try:
-        with _supervise(settings, _notify), contextlib.suppress(KeyboardInterrupt):
+        with _supervise(_Stack(settings, _notify)), contextlib.suppress(KeyboardInterrupt):
             logger.info('the stack is up and watched; %s or Ctrl+C stops it', signal.Signals(settings.kill_signal).name)
-            while True:  # not one endless wait: a signal that the kernel gives to another thread would not end it
+            while True:  # no endless wait: the kernel may give a signal to another thread
                 threading.Event().wait(1.0)
-    except KeyboardInterrupt:
-        pass
+        return 0
     finally:
-        for signum in (signal.SIGINT, settings.kill_signal):
+        for signum in signals:
             signal.signal(signum, signal.SIG_IGN)  # nothing is left to interrupt
-    return 0
 
 
 def _notify(text: str) -> None:
@@ -1317,32 +1137,35 @@ def _notify(text: str) -> None:
 
 
 def _check(stack: _Stack) -> int:
-    """Look, wait until the faults have settled, look again, and repair what still is wrong."""
-    with contextlib.closing(_Watch(stack)) as watch:
+    """Repair what is wrong, once it has settled; return 1 if that failed."""
+    stack.flag, watch = UP_FLAG, _Watch(stack)
+    with watch.pool:
         try:
             watch.cycle()
-            settled = watch.clock() + stack.settings.settle
-            while watch.clock() < settled:
-                watch.wait(settled - watch.clock())
-            watch.cycle()
+            if watch.history.since:
+                threading.Event().wait(stack.settings.settle)
+                watch.cycle()
             while watch.repairs:
-                watch.wait(stack.settings.interval)
+                watch.wake.wait(1.0)
+                watch.wake.clear()
                 watch.finish_repairs()
         except KeyboardInterrupt:
             UP_FLAG.value = False  # ends the repairs under way
             raise
-        return 1 if watch.outage is not None or watch.failures else 0
+    return 1 if watch.outage is not None or watch.failures else 0
 
 
 def _explain(stack: _Stack) -> int:
     """Print for each container what would be done, and why."""
-    containers, services = stack.observe(), stack.services()
-    actions = decide(containers, services, 0.0, History(), stack.settings)
+    stack.read_services()
+    containers = stack.observe()
+    actions = decide(containers, stack.services, 0.0, History(), stack.settings)
     for container in containers:
         if container.id not in [action.container for action in actions]:
             print('{}: {}: nothing to do'.format(container.label, container.condition))
     for action in actions:
-        command = _quote([action.verb.tool, *action.verb.arguments, *action.targets])
+        tool = stack.settings.compose_command if action.verb.tool == 'compose' else ('docker',)
+        command = _quote([*tool, *action.verb.arguments, action.container or action.service])
         print('{}: {}: would run `{}`'.format(action.label, action.cause, command))
     if not actions:
         print('all is well')
@@ -1351,34 +1174,28 @@ def _explain(stack: _Stack) -> int:
 
 def _status(stack: _Stack, as_json: bool) -> int:
     """Print a row for each container and for each service that lacks one; return 1 if one is not as it should be."""
-    containers, services = stack.observe(), stack.services()
-    rows = []
+    stack.read_services()
+    containers, services = stack.observe(), stack.services
+    rows: List[Dict[str, Any]] = [
+        {'service': name, 'state': cause, 'fault': services[name].watched} for name, cause in _find_missing(containers, services)
+    ]
     for c in containers:
         well = c.state is State.RUNNING and c.health != 'unhealthy' or _has_done_its_job(c, services)
         row = {'service': c.service, 'container': c.name, 'id': c.id, 'state': c.condition, 'health': c.health, 'since': c.since}
         rows.append({**row, 'watched': c.watched, 'fault': not well and c.watched and c.service in services})
-    for action in decide(containers, services, 0.0, History(), stack.settings):
-        if not action.container:
-            rows.append({'service': action.service, 'state': action.cause, 'fault': True})
     rows.sort(key=lambda row: (row['service'], row.get('container', '')))
     ok = not any(row['fault'] for row in rows)
     if as_json:
         print(json.dumps({'project': stack.project, 'ok': ok, 'containers': rows}, indent=2))
-    else:
-        _print_table(rows)
-    return 0 if ok else 1
-
-
-def _print_table(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Print the rows aligned; on a terminal, what is wrong in red and the rest in green (not with NO_COLOR)."""
-    colour = sys.stdout.isatty() and 'NO_COLOR' not in os.environ
+        return 0 if ok else 1
     columns = ('service', 'container', 'state', 'health', 'since')
     table = [[name.upper() for name in columns]] + [[row.get(name) or '-' for name in columns] for row in rows]
     widths = [max(map(len, column)) for column in zip(*table)]
-    for index, cells in enumerate(table):
+    coloured = sys.stdout.isatty() and 'NO_COLOR' not in os.environ
+    for cells, fault in zip(table, [None, *(row['fault'] for row in rows)]):
         line = '  '.join(cell.ljust(width) for cell, width in zip(cells, widths)).rstrip()
-        code = 31 if index and rows[index - 1]['fault'] else 32
-        print('\033[{}m{}\033[0m'.format(code, line) if colour and index else line)
+        print('\033[{}m{}\033[0m'.format(31 if fault else 32, line) if coloured and fault is not None else line)
+    return 0 if ok else 1
 
 
 if __name__ == '__main__':
