@@ -68,7 +68,7 @@ _LOOP = 3  # repairs in a row from which on it is called a crash loop
 _DEFAULT_GRACE = 10.0  # seconds that Docker gives a container without a stop timeout of its own
 _AFTERMATH = 1.0  # seconds after an event in which to look again: Docker tells of a death before `docker ps` shows it
 _STREAM_LIFE = 55.0  # seconds of an event stream, so that none outlives its watcher by more than a minute
-_OUTPUT_LIMIT = 1 << 22  # bytes of a command's output; of more, the end is kept
+_OUTPUT_LIMIT, _ERROR_LIMIT = 1 << 22, 1 << 16  # bytes of what a command writes; of more, the end is kept
 _RESPAWN = 0.5  # seconds before a watcher process that died is started again
 
 
@@ -414,7 +414,7 @@ def _collect(process: Any, buffers: Mapping[Any, bytearray], end: float, echo: b
                 if not chunk:
                     selector.unregister(pipe)
                 buffers[pipe] += chunk
-                del buffers[pipe][:-_OUTPUT_LIMIT]
+                del buffers[pipe][: -(_OUTPUT_LIMIT if pipe is process.stdout else _ERROR_LIMIT)]
                 if echo:
                     with contextlib.suppress(OSError, ValueError, AttributeError):  # full disk, closed or no stream
                         sys.stderr.write(chunk.decode('utf-8', 'replace'))
