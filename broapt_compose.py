@@ -383,47 +383,46 @@ def _run(command: Sequence[str], limit: float, folder: str, flag: Optional[UpFla
         process = _spawn(command, folder)
     except (OSError, ValueError) as error:
         raise ComposeError(command, None, '', getattr(error, 'strerror', None) or str(error)) from None
-    buffers, ended = {process.stdout: bytearray(), process.stderr: bytearray()}, False
+    buffers = {process.stdout: bytearray(), process.stderr: bytearray()}
+    code: Optional[int] = None
     try:
         with flag.when_lowered(functools.partial(_kill, process)) if flag else contextlib.ExitStack():
-            ended = _collect(process, buffers, time.monotonic() + limit, echo)
+            code = _collect(process, buffers, time.monotonic() + limit, echo)
     finally:
-        if not ended:
+        if code is None:
             _kill(process)
         for pipe in buffers:
             pipe.close()  # type: ignore[union-attr]
     if flag is not None and not flag.value:
         raise _Cancelled
     output, errors = (buffer.decode('utf-8', 'replace') for buffer in buffers.values())
-    if not ended:
-        raise ComposeError(command, None, errors, 'no answer within {:g} s'.format(limit), output)
-    if process.returncode:
-        raise ComposeError(command, process.returncode, errors, '', output)
+    if code != 0:
+        raise ComposeError(command, code, errors, 'no answer within {:g} s'.format(limit) if code is None else '', output)
     return output
 
 
-def _collect(process: Any, buffers: Mapping[Any, bytearray], end: float, echo: bool) -> bool:
-    """Read what the process writes until it has ended; return whether it has before the time *end*."""
+def _collect(process: 'subprocess.Popen[bytes]', buffers: Mapping[Any, bytearray], end: float, echo: bool) -> Optional[int]:
+    """Read what the process writes until it has ended; return its exit code, None if it has not before the time *end*."""
     with selectors.DefaultSelector() as selector:
-        for pipe in buffers:
-            selector.register(pipe, selectors.EVENT_READ)
+        for pipe, buffer in buffers.items():
+            selector.register(pipe, selectors.EVENT_READ, buffer)
         while selector.get_map() and time.monotonic() < end:
-            ready: List[Any] = [key.fileobj for key, _ in selector.select(max(0.0, min(end - time.monotonic(), 0.5)))]
-            for pipe in ready:
-                chunk = os.read(pipe.fileno(), 1 << 16)
+            ready = selector.select(min(end - time.monotonic(), 0.5))
+            for key, _ in ready:
+                chunk = os.read(key.fd, 1 << 16)
                 if not chunk:
-                    selector.unregister(pipe)
-                buffers[pipe] += chunk
-                del buffers[pipe][: -(_OUTPUT_LIMIT if pipe is process.stdout else _ERROR_LIMIT)]
+                    selector.unregister(key.fileobj)
+                key.data.extend(chunk)
+                del key.data[: -(_OUTPUT_LIMIT if key.fileobj is process.stdout else _ERROR_LIMIT)]
                 if echo:
                     with contextlib.suppress(OSError, ValueError, AttributeError):  # full disk, closed or no stream
                         sys.stderr.write(chunk.decode('utf-8', 'replace'))
                         sys.stderr.flush()
             if not ready and process.poll() is not None:
-                return True  # but a process that it left behind holds its pipes, as ssh's ControlPersist does
+                break  # but a process that it left behind holds its pipes, as ssh's ControlPersist does
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(max(0.01, end - time.monotonic()))
-    return process.returncode is not None
+    return process.returncode
 
 
 class _Stack:
