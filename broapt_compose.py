@@ -717,6 +717,7 @@ class _Watch:
         from concurrent.futures import Future, ThreadPoolExecutor
 
         self.stack, self.settings, self.clock = stack, stack.settings, clock
+        stack.flag = UP_FLAG
         self.wake = threading.Event()  # set when there is something to look at
         self.woken = -math.inf  # when the last event came
         self.history = History()
@@ -860,11 +861,6 @@ def _describe_loop(action: Action, now: float) -> str:
     return text.format(action.label, action.cause, ordinal, now - began, action.due - now)
 
 
-def _watch(stack: _Stack) -> None:
-    stack.flag = UP_FLAG
-    _Watch(stack).run()
-
-
 def _watch_in_process(stack: _Stack) -> None:
     """Keep a watcher process running while the flag is up."""
     import multiprocessing.connection
@@ -880,7 +876,7 @@ def _watch_in_process(stack: _Stack) -> None:
                     multiprocessing.connection.wait([process.sentinel, theirs])
                 except (OSError, AssertionError, RuntimeError) as error:  # such as: daemonic processes can't have children
                     _warn('no watcher process can be started ({}); watching in a thread'.format(error))
-                    return _watch(stack)
+                    return _Watch(stack).run()
             process.join(2)
             if process.pid and process.exitcode is None:
                 os.kill(process.pid, signal.SIGKILL)
@@ -896,15 +892,12 @@ def _process_main(theirs: Any, ours: Any, stack: _Stack, level: int) -> None:
     UP_FLAG.__init__()  # type: ignore[misc]  # a forked copy has the parent's callbacks
     if stack.notify is _notify:  # on the command line: a process that is not forked has to be told
         _set_up_logging(level)
-    threading.Thread(target=_lower_with_parent, args=(theirs, os.getppid()), daemon=True).start()
-    _watch(stack)
-
-
-def _lower_with_parent(theirs: Any, parent: int) -> None:
-    """Lower the flag when the parent closes the pipe, or has died while a fork of it still holds it open."""
-    while not theirs.poll(1.0) and os.getppid() == parent:
+    watcher, parent = threading.Thread(target=_Watch(stack).run), os.getppid()
+    watcher.start()
+    while watcher.is_alive() and not theirs.poll(1.0) and os.getppid() == parent:  # a fork of it may still hold the pipe open
         pass
     UP_FLAG.value = False
+    watcher.join()
 
 
 # -- the functions for the host --------------------------------------------------------------------------------------
@@ -932,7 +925,7 @@ def watch_container(settings: Optional[Settings] = None) -> None:
     That Docker does not answer is a ComposeWarning, and it goes on trying. Raises ComposeError only if there is no
     Compose command at all, ValueError for a bad setting.
     """
-    _watch(_Stack(settings))
+    _Watch(_Stack(settings)).run()
 
 
 @contextlib.contextmanager
@@ -956,8 +949,8 @@ def _supervise(stack: _Stack) -> Iterator[UpFlag]:
     UP_FLAG.value = True
     stack.unpause()  # if this fails, there is nothing to undo
     stack.flag, failed = UP_FLAG, True
-    target = _watch_in_process if stack.settings.watcher is Watcher.PROCESS else _watch
-    watcher = threading.Thread(target=target, args=(stack,), name='broapt-watchdog', daemon=True)
+    watch = functools.partial(_watch_in_process, stack) if stack.settings.watcher is Watcher.PROCESS else _Watch(stack).run
+    watcher = threading.Thread(target=watch, name='broapt-watchdog', daemon=True)
     pool = ThreadPoolExecutor(1)
     with _handling({int(signal.SIGINT), stack.settings.kill_signal}):
         try:
@@ -1137,7 +1130,7 @@ def _notify(text: str) -> None:
 
 def _check(stack: _Stack) -> int:
     """Repair what is wrong, once it has settled; return 1 if that failed."""
-    stack.flag, watch = UP_FLAG, _Watch(stack)
+    watch = _Watch(stack)
     with watch.pool:
         try:
             watch.cycle()
