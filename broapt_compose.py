@@ -515,13 +515,9 @@ class _Stack:
             self.docker('unpause', *paused)
         return containers
 
-    def up(self) -> None:
-        """Build, create and start the stack, without a deadline."""
-        self.compose('up', '--build', '--detach', more=math.inf, echo=True)
-
     def start(self) -> None:
-        """Bring the stack up, and learn what its end needs: the Compose file may be broken by then."""
-        self.up()
+        """Bring the stack up, without a deadline, and learn what its end needs: the Compose file may be broken by then."""
+        self.compose('up', '--build', '--detach', more=math.inf, echo=True)
         self.read_services()
         self.observe()
 
@@ -908,7 +904,7 @@ def start_container(settings: Optional[Settings] = None) -> None:
     """
     stack = _Stack(settings)
     stack.unpause()
-    stack.up()
+    stack.start()
 
 
 def stop_container(settings: Optional[Settings] = None) -> None:
