@@ -937,7 +937,7 @@ def docker_compose(settings: Optional[Settings] = None) -> Iterator[UpFlag]:
 
 @contextlib.contextmanager
 def _supervise(stack: _Stack) -> Iterator[UpFlag]:
-    from concurrent.futures import ThreadPoolExecutor, TimeoutError
+    from concurrent.futures import ThreadPoolExecutor, wait
 
     process = sys.modules.get('multiprocessing.process')
     if process is not None and getattr(process.current_process(), '_inheriting', False):  # a watcher process that starts
@@ -952,9 +952,8 @@ def _supervise(stack: _Stack) -> Iterator[UpFlag]:
         try:
             try:
                 started = pool.submit(stack.start)  # in a thread: here, a signal that comes while it starts a process would lose it
-                while not started.done():
-                    with contextlib.suppress(TimeoutError):  # no endless wait: the kernel may give a signal to another thread
-                        started.result(1.0)
+                while not wait([started], 1.0).done:  # no endless wait: the kernel may give a signal to another thread
+                    pass
                 started.result()
                 pool.shutdown()
                 watcher.start()
