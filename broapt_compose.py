@@ -507,14 +507,6 @@ class _Stack:
         command = ('docker', 'events', '--format={{.ID}}', '--since', begin, '--until', end, '--filter=type=container')
         return _spawn((*command, self.filter, *filters), self.folder, subprocess.DEVNULL), end
 
-    def unpause(self) -> List[Container]:
-        """Unpause what is paused, for it can neither be started by `up` nor stop gracefully; return all containers."""
-        containers = self.observe()
-        paused = [c.id for c in containers if c.state is State.PAUSED]
-        if paused:
-            self.docker('unpause', *paused)
-        return containers
-
     def start(self) -> None:
         """Bring the stack up, without a deadline, and learn what its end needs: the Compose file may be broken by then."""
         self.compose('up', '--build', '--detach', more=math.inf, echo=True)
@@ -527,7 +519,7 @@ class _Stack:
         try:
             if not self.services:
                 self.read_services()
-            grace = self.longest_grace([c.id for c in self.unpause()])
+            grace = self.longest_grace([c.id for c in self.apply('unpause', [State.PAUSED])])  # else it can't stop gracefully
             self.compose('stop', more=grace)
         except ComposeError as error:
             logger.error('%s; stopping the containers one by one', error)
@@ -542,13 +534,14 @@ class _Stack:
             except ComposeError as error:
                 _warn('the clean-up failed: {}'.format(error))
 
-    def apply(self, command: str, states: Iterable[State], more: float = 0.0) -> None:
-        """Run a command on all containers in these states, but for a stack of another folder with the same project name."""
+    def apply(self, command: str, states: Iterable[State], more: float = 0.0) -> List[Container]:
+        """Run a command on what is in these states, except a stack of another folder with the same project name; return all."""
         containers = self.observe()
         folders = {c.folder for c in containers if c.service in self.services or not self.services}
         ids = [c.id for c in containers if c.state in states and (c.service in self.services or c.folder in folders)]
         if ids:
             self.docker(*command.split(), *ids, more=more)
+        return containers
 
     def clean_up(self) -> None:
         """Delete what the setting *prune* says."""
@@ -903,7 +896,7 @@ def start_container(settings: Optional[Settings] = None) -> None:
     Raises ComposeError if Docker or Compose fails, ValueError for a bad setting.
     """
     stack = _Stack(settings)
-    stack.unpause()
+    stack.apply('unpause', [State.PAUSED])  # `up` can't start it
     stack.start()
 
 
@@ -943,7 +936,7 @@ def _supervise(stack: _Stack) -> Iterator[UpFlag]:
     if process is not None and getattr(process.current_process(), '_inheriting', False):  # a watcher process that starts
         raise RuntimeError("docker_compose() must stand under `if __name__ == '__main__':`, as multiprocessing wants it")
     UP_FLAG.value = True
-    stack.unpause()  # if this fails, there is nothing to undo
+    stack.apply('unpause', [State.PAUSED])  # `up` can't start it; if this fails, there is nothing to undo
     stack.flag, failed = UP_FLAG, True
     watch = functools.partial(_watch_in_process, stack) if stack.settings.watcher is Watcher.PROCESS else _Watch(stack).run
     watcher = threading.Thread(target=watch, name='broapt-watchdog', daemon=True)
