@@ -35,6 +35,7 @@ BROAPT_COMPOSE_COMMAND  the Compose command; docker-compose if that one does not
 """
 
 import contextlib
+import datetime
 import enum
 import functools
 import importlib
@@ -125,8 +126,7 @@ def _parse_files(value: Any) -> Tuple[str, ...]:
     names = value.split(os.pathsep) if isinstance(value, str) else [value] if isinstance(value, os.PathLike) else value
     files = tuple(os.path.abspath(os.fsdecode(name)) for name in names if name)
     for file in files:
-        with open(file, 'rb'):
-            pass
+        open(file, 'rb').close()
     return files
 
 
@@ -214,11 +214,10 @@ def _find_const() -> Any:
 
 # -- records ---------------------------------------------------------------------------------------------------------
 
-# The states of a container, in Docker's words.
-State = enum.Enum('State', [
-    ('CREATED', 'created'), ('RUNNING', 'running'), ('PAUSED', 'paused'), ('RESTARTING', 'restarting'),
-    ('REMOVING', 'removing'), ('EXITED', 'exited'), ('DEAD', 'dead'),
-])  # fmt: skip
+State = enum.Enum('State', {  # of a container, in Docker's words
+    'CREATED': 'created', 'RUNNING': 'running', 'PAUSED': 'paused', 'RESTARTING': 'restarting', 'REMOVING': 'removing',
+    'EXITED': 'exited', 'DEAD': 'dead',
+})  # fmt: skip
 _UNITS = {'second': 1, 'minute': 60, 'hour': 3600, 'day': 86400, 'week': 604800, 'month': 2592000, 'year': 31536000}
 _ALIVE = (State.RUNNING, State.PAUSED, State.RESTARTING)
 
@@ -498,8 +497,6 @@ class _Stack:
         It begins at the engine's time *since* ('': now), less a second: an event too many does no harm. If its reader
         dies, it ends at the next event only, so it gets an end, by the engine's clock, which may differ from this one's.
         """
-        import datetime
-
         since = since or self.docker('info', '--format', '{{.SystemTime}}').strip()
         start = datetime.datetime.strptime(since[:19], '%Y-%m-%dT%H:%M:%S')
         begin, end = ((start + datetime.timedelta(seconds=more)).isoformat() + since[19:] for more in (-1, _STREAM_LIFE))
@@ -742,9 +739,7 @@ class _Watch:
         with UP_FLAG.when_lowered(over.set):
             while not over.wait(pause):
                 began, pause = self.clock(), min(self.settings.interval, _STREAM_LIFE / 2)
-                with contextlib.suppress(
-                    _Cancelled, ComposeError, OSError, ValueError
-                ):  # none to be had just now: the interval will do
+                with contextlib.suppress(_Cancelled, ComposeError, OSError, ValueError):  # for now, the interval will do
                     self.stream, until = self.stack.open_events(until)
                     with UP_FLAG.when_lowered(functools.partial(_kill, self.stream)), self.stream as stream:
                         while os.read(stream.stdout.fileno(), 1 << 16):  # type: ignore[union-attr]
@@ -1088,7 +1083,6 @@ def _set_up_logging(level: int) -> None:
 
 
 def _run_until_signal(settings: Settings) -> int:
-    signals = (signal.SIGINT, settings.kill_signal)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # also where it is ignored, in the background of a script
     register(settings)
     usec = os.environ.get('WATCHDOG_USEC', '') if os.environ.get('WATCHDOG_PID', str(os.getpid())) == str(os.getpid()) else ''
@@ -1101,7 +1095,7 @@ def _run_until_signal(settings: Settings) -> int:
                 threading.Event().wait(1.0)
         return 0
     finally:
-        for signum in signals:
+        for signum in (signal.SIGINT, settings.kill_signal):
             signal.signal(signum, signal.SIG_IGN)  # nothing is left to interrupt
 
 
@@ -1156,9 +1150,9 @@ def _status(stack: _Stack, as_json: bool) -> int:
     """Print a row for each container and for each service that lacks one; return 1 if one is not as it should be."""
     stack.read_services()
     containers, services = stack.observe(), stack.services
-    rows: List[Dict[str, Any]] = [
-        {'service': name, 'state': cause, 'fault': services[name].watched} for name, cause in _find_missing(containers, services)
-    ]
+    rows: List[Dict[str, Any]] = []
+    for name, cause in _find_missing(containers, services):
+        rows.append({'service': name, 'state': cause, 'fault': services[name].watched})
     for c in containers:
         well = c.state is State.RUNNING and c.health != 'unhealthy' or _has_done_its_job(c, services)
         row = {'service': c.service, 'container': c.name, 'id': c.id, 'state': c.condition, 'health': c.health, 'since': c.since}
