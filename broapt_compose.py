@@ -375,23 +375,21 @@ def _kill(process: 'subprocess.Popen[bytes]') -> None:
 def _run(command: Sequence[str], limit: float, folder: str, flag: Optional[UpFlag] = None, echo: bool = False) -> str:
     """Return what *command* wrote to standard output; with *echo*, all it writes is shown on standard error as it comes.
 
-    Raises ComposeError if it can't be started, fails, or has not ended after *limit* seconds, and _Cancelled if *flag*
-    is lowered. In the last two cases its whole process group is killed.
+    Raises ComposeError if it can't be started, fails or lasts longer than *limit* seconds, _Cancelled if *flag* is lowered.
     """
     try:
-        process = _spawn(command, folder)
+        process: Any = _spawn(command, folder)
     except (OSError, ValueError) as error:
         raise ComposeError(command, None, '', getattr(error, 'strerror', None) or str(error)) from None
     buffers = {process.stdout: bytearray(), process.stderr: bytearray()}
     code: Optional[int] = None
     try:
-        with flag.when_lowered(functools.partial(_kill, process)) if flag else contextlib.ExitStack():
+        on_flag = flag.when_lowered(functools.partial(_kill, process)) if flag else contextlib.ExitStack()
+        with process.stdout, process.stderr, on_flag:
             code = _collect(process, buffers, time.monotonic() + limit, echo)
     finally:
         if code is None:
             _kill(process)
-        for pipe in buffers:
-            pipe.close()  # type: ignore[union-attr]
     if flag is not None and not flag.value:
         raise _Cancelled
     output, errors = (buffer.decode('utf-8', 'replace') for buffer in buffers.values())
