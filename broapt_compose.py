@@ -116,7 +116,6 @@ def _warn(text: str) -> None:
 
 
 # -- settings --------------------------------------------------------------------------------------------------------
-
 Watcher = enum.Enum('Watcher', [('THREAD', 'thread'), ('PROCESS', 'process')])
 Prune = enum.Enum('Prune', [('PROJECT', 'project'), ('SYSTEM', 'system'), ('NONE', 'none')])
 Unhealthy = enum.Enum('Unhealthy', [('RESTART', 'restart'), ('IGNORE', 'ignore')])
@@ -213,7 +212,6 @@ def _find_const() -> Any:
 
 
 # -- records ---------------------------------------------------------------------------------------------------------
-
 State = enum.Enum('State', {  # of a container, in Docker's words
     'CREATED': 'created', 'RUNNING': 'running', 'PAUSED': 'paused', 'RESTARTING': 'restarting', 'REMOVING': 'removing',
     'EXITED': 'exited', 'DEAD': 'dead',
@@ -539,7 +537,6 @@ class _Stack:
         return containers
 
     def clean_up(self) -> None:
-        """Delete what the setting *prune* says."""
         if self.settings.prune is Prune.SYSTEM:
             self.docker('system', 'prune', '--volumes', '--force')
         elif self.settings.prune is Prune.PROJECT and not self.project:
@@ -676,11 +673,8 @@ def _has_done_its_job(container: Container, services: Services) -> bool:
 
 
 def _is_being_replaced(container: Container, own: Containers) -> bool:
-    """Tell whether somebody's `up --force-recreate` is at work: for a while, old and new container bear one number.
-
-    Compose 2.x creates the new one beside the old one running, 1.29 beside the old one stopped. So only the newest is
-    touched, and not while an older one runs.
-    """
+    # During an `up --force-recreate`, two containers bear one number: Compose 2.x creates the new one beside the old one
+    # running, 1.29 beside the old one stopped. So only the newest is touched, and not while an older one runs.
     twins = [c for c in own if (c.service, c.number) == (container.service, container.number)]
     return twins[0] is not container or any(c.state in _ALIVE for c in twins[1:])
 
@@ -713,7 +707,6 @@ class _Watch:
         self.stream: Optional[subprocess.Popen[bytes]] = None  # `docker events`, open or ended
 
     def run(self) -> None:
-        """Watch until the flag is lowered."""
         follower = threading.Thread(target=self.follow_events, daemon=True)
         with UP_FLAG.when_lowered(self.wake.set), self.pool:
             while UP_FLAG.value:
