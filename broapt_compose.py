@@ -1114,9 +1114,8 @@ def _check(stack: _Stack) -> int:
                 watch.wake.wait(1.0)
                 watch.wake.clear()
                 watch.finish_repairs()
-        except KeyboardInterrupt:
-            UP_FLAG.value = False  # ends the repairs under way
-            raise
+        finally:
+            UP_FLAG.value = False  # after Ctrl+C, it ends the repairs under way
     return 1 if watch.outage is not None or watch.failures else 0
 
 
