@@ -719,7 +719,7 @@ class _Watch:
                     pass
                 except Exception:
                     logger.exception('unexpected error; the next check is in %g s', timeout)
-                self.wake.wait(max(0.0, min(timeout, threading.TIMEOUT_MAX)))
+                self.wake.wait(min(timeout, threading.TIMEOUT_MAX))
                 self.wake.clear()
         if follower.ident:
             follower.join()
