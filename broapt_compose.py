@@ -35,7 +35,6 @@ BROAPT_COMPOSE_COMMAND  the Compose command; docker-compose if that one does not
 """
 
 import contextlib
-import datetime
 import enum
 import functools
 import importlib
@@ -44,6 +43,7 @@ import logging
 import math
 import os
 import re
+import select
 import selectors
 import shlex
 import signal
@@ -126,6 +126,8 @@ def _parse_files(value: Any) -> Tuple[str, ...]:
     files = tuple(os.path.abspath(os.fsdecode(name)) for name in names if name)
     for file in files:
         open(file, 'rb').close()
+    if names and not files:
+        raise ValueError
     return files
 
 
@@ -357,6 +359,7 @@ def _spawn(command: Sequence[str], folder: str, stderr: int = subprocess.PIPE) -
     logger.debug('running %s', _quote(command))
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # for the moment before it has its session
     try:
+        folder = folder if os.path.isdir(folder) else '/'  # somebody may have removed it
         return subprocess.Popen(command, env=environment, cwd=folder, start_new_session=True, stdin=subprocess.DEVNULL,
                                 stdout=subprocess.PIPE, stderr=stderr)  # fmt: skip
     finally:
@@ -375,10 +378,13 @@ def _run(command: Sequence[str], limit: float, folder: str, flag: Optional[UpFla
 
     Raises ComposeError if it can't be started, fails or lasts longer than *limit* seconds, _Cancelled if *flag* is lowered.
     """
+    if flag is not None and not flag.value:
+        raise _Cancelled
     try:
         process: Any = _spawn(command, folder)
     except (OSError, ValueError) as error:
-        raise ComposeError(command, None, '', getattr(error, 'strerror', None) or str(error)) from None
+        reason = 'command not found' if isinstance(error, FileNotFoundError) else getattr(error, 'strerror', None) or str(error)
+        raise ComposeError(command, None, '', reason) from None
     buffers = {process.stdout: bytearray(), process.stderr: bytearray()}
     code: Optional[int] = None
     try:
@@ -459,7 +465,7 @@ class _Stack:
         try:
             text = self.docker('ps', '--all', '--no-trunc', self.filter, '--format', _PS_FORMAT) if self.project else ''
             containers = _parse_containers(text)
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise ComposeError(('docker', 'ps'), None, '', 'its answer is not understood: {}'.format(error)) from None
         # From a pause until the next probe, Docker calls a container unhealthy although no probe has failed.
         sick = [c.id for c in containers if c.health == 'unhealthy']
@@ -493,6 +499,8 @@ class _Stack:
         It begins at the engine's time *since* ('': now), less a second: an event too many does no harm. If its reader
         dies, it ends at the next event only, so it gets an end, by the engine's clock, which may differ from this one's.
         """
+        import datetime
+
         since = since or self.docker('info', '--format', '{{.SystemTime}}').strip()
         start = datetime.datetime.strptime(since[:19], '%Y-%m-%dT%H:%M:%S')
         begin, end = ((start + datetime.timedelta(seconds=more)).isoformat() + since[19:] for more in (-1, _STREAM_LIFE))
@@ -500,24 +508,32 @@ class _Stack:
         command = ('docker', 'events', '--format={{.ID}}', '--since', begin, '--until', end, '--filter=type=container')
         return _spawn((*command, self.filter, *filters), self.folder, subprocess.DEVNULL), end
 
-    def start(self) -> None:
-        """Bring the stack up, without a deadline, and learn what its end needs: the Compose file may be broken by then."""
-        self.compose('up', '--build', '--detach', more=math.inf, echo=True)
+    def prepare(self) -> None:
+        """Read the Compose files, and unpause what is paused, which `up` can't start. If this fails, there is nothing to undo."""
         self.read_services()
+        self.apply('unpause', [State.PAUSED])
+
+    def start(self) -> None:
+        """Bring the stack up, without a deadline, and learn the project's name: the Compose file may be broken at the end."""
+        self.compose('up', '--build', '--detach', more=math.inf, echo=True)
         self.observe()
 
     def stop(self) -> None:
         """Stop the stack gracefully, kill what outlasts its time, and clean up in any case."""
         self.flag, grace = None, 0.0
         try:
+            grace = self.longest_grace([c.id for c in self.observe()])
+            self.apply('unpause', [State.PAUSED])  # else it can't stop gracefully
+        except ComposeError as error:
+            logger.error('%s; stopping the stack nevertheless', error)
+        try:
             if not self.services:
                 self.read_services()
-            grace = self.longest_grace([c.id for c in self.apply('unpause', [State.PAUSED])])  # else it can't stop gracefully
             self.compose('stop', more=grace)
         except ComposeError as error:
             logger.error('%s; stopping the containers one by one', error)
         try:  # also what Compose leaves: services of a profile, or that are not in its file any more
-            self.apply('stop', _ALIVE, grace)
+            self.apply('stop', _ALIVE)
         except ComposeError as error:
             logger.error('%s; killing the containers', error)
             self.apply('kill', _ALIVE)
@@ -527,14 +543,13 @@ class _Stack:
             except ComposeError as error:
                 _warn('the clean-up failed: {}'.format(error))
 
-    def apply(self, command: str, states: Iterable[State], more: float = 0.0) -> List[Container]:
-        """Run a command on what is in these states, except a stack of another folder with the same project name; return all."""
+    def apply(self, command: str, states: Iterable[State]) -> None:
+        """Run a command on what is in these states, except a stack of another folder with the same project name."""
         containers = self.observe()
         folders = {c.folder for c in containers if c.service in self.services or not self.services}
         ids = [c.id for c in containers if c.state in states and (c.service in self.services or c.folder in folders)]
         if ids:
-            self.docker(*command.split(), *ids, more=more)
-        return containers
+            self.docker(*command.split(), *ids, more=self.longest_grace(ids) if command == 'stop' else 0.0)
 
     def clean_up(self) -> None:
         if self.settings.prune is Prune.SYSTEM:
@@ -545,12 +560,12 @@ class _Stack:
             with contextlib.suppress(ComposeError):  # perhaps somebody else removes them, too
                 self.apply('rm --force --volumes', State)
             self.apply('rm --force --volumes', State)  # the engine may just have finished a cancelled `up`
-            networks = self.docker('network', 'ls', '--quiet', self.filter).split()
-            if networks:
-                self.docker('network', 'rm', *networks)
             # Only Compose 2.x labels the images it builds. One that is in use stays: hence prune, not rm.
             if self.docker('image', 'ls', '--quiet', '--filter=dangling=true', self.filter):
                 self.docker('image', 'prune', '--force', self.filter)
+            networks = self.docker('network', 'ls', '--quiet', self.filter).split()
+            if networks:
+                self.docker('network', 'rm', *networks)
 
 
 # -- decide ----------------------------------------------------------------------------------------------------------
@@ -596,6 +611,10 @@ class Action(NamedTuple):
         """What tells one fault from another."""
         return self.verb, self.container or self.service
 
+    def target(self, verb: Verb) -> str:
+        """What the command of *verb* names."""
+        return self.container if verb.tool == 'docker' else self.service
+
     @property
     def line(self) -> str:
         """What its repairs count for: the service; but unpausing does not count, and only its failures make it wait."""
@@ -634,8 +653,7 @@ def _find_faults(own: Containers, services: Services, settings: Settings) -> Ite
             cause = 'its network is gone' if lost else container.condition
             yield Action(verb, container.service, container.id, container.label, cause)
     for name, cause in _find_missing(own, services):
-        service = services[name]
-        if service.watched and (not service.network_of or _is_met(service.network_of, '', own)):
+        if services[name].watched and _may_begin(name, own, services):
             yield Action(Verb.CREATE, name, '', name, cause)
 
 
@@ -662,8 +680,8 @@ def _find_verb(container: Container, own: Containers, services: Services, settin
         return Verb.RESTART  # a container that is started anew gets a new network; who shares the old one is cut off
     if state is State.RUNNING:
         return Verb.RESTART if container.health == 'unhealthy' and settings.unhealthy is Unhealthy.RESTART else None
-    if state is State.CREATED and not all(_is_met(*needed, own) for needed in services[container.service].depends_on.items()):
-        return None  # somebody's `up` will start it then
+    if state is State.CREATED and not _may_begin(container.service, own, services):
+        return None
     return None if _has_done_its_job(container, services) else Verb.START
 
 
@@ -679,36 +697,67 @@ def _is_being_replaced(container: Container, own: Containers) -> bool:
     return twins[0] is not container or any(c.state in _ALIVE for c in twins[1:])
 
 
-def _is_met(name: str, condition: str, own: Containers) -> bool:
-    """Tell whether the service *name* is as a `depends_on` wants it."""
-    if condition == 'service_completed_successfully':
-        return any(c.service == name and c.exit_code == 0 for c in own)
-    running = [c for c in own if c.service == name and c.state is State.RUNNING]
-    return any(condition != 'service_healthy' or c.health == 'healthy' for c in running)
+def _may_begin(name: str, own: Containers, services: Services) -> bool:
+    """Tell whether what a service needs before its first start is there, as far as it is watched.
+
+    That something is merely started first is left to Compose; the rest it would wait for, and hold up all other repairs.
+    """
+    for other, condition in services[name].depends_on.items():
+        needed = [c for c in own if c.service == other]
+        met = {
+            'service_completed_successfully': any(c.exit_code == 0 for c in needed),
+            'service_healthy': any(c.state is State.RUNNING and c.health == 'healthy' for c in needed),
+        }
+        if other in services and services[other].watched and services[other].scale and not met.get(condition, True):
+            return False
+    owner = services[name].network_of
+    return not owner or any(c.service == owner and c.state is State.RUNNING for c in own)
 
 
 # -- the watcher -----------------------------------------------------------------------------------------------------
+class _Task(threading.Thread):
+    """A thread that keeps what its function raises; concurrent.futures would refuse once the host's main thread has ended."""
+
+    def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
+        super().__init__(daemon=True)
+        self.call, self.ended = functools.partial(function, *arguments), threading.Event()
+        self.error: Optional[Exception] = None
+
+    def run(self) -> None:
+        try:
+            self.call()
+        except Exception as error:
+            self.error = error
+        finally:
+            self.ended.set()
+
+
 class _Watch:
     """Observe, decide, act, over and over. Repairs run in threads, so that a slow one holds up no other service."""
 
     def __init__(self, stack: _Stack, clock: Callable[[], float] = time.monotonic) -> None:
-        from concurrent.futures import Future, ThreadPoolExecutor
-
         self.stack, self.settings, self.clock = stack, stack.settings, clock
         stack.flag = UP_FLAG
         self.wake = threading.Event()  # set when there is something to look at
         self.woken = -math.inf  # when the last event came
         self.history = History()
         self.known: Any = None  # ids of the containers seen when the Compose files were read; None: read them
-        self.repairs: Dict[Future[Any], Tuple[List[Action], float]] = {}  # under way: what, and since when
-        self.pool, self.composing = ThreadPoolExecutor(16), threading.Lock()
+        self.repairs: List[Tuple[_Task, Verb, Sequence[Action], float]] = []  # under way, and since when
+        # One Compose command at a time: two would create the same network twice.
+        self.turns: Any = {'docker': threading.Semaphore(16), 'compose': threading.Lock()}
         self.failures = 0  # repairs that failed
         self.outage: Optional[float] = None  # when Docker stopped to answer
         self.stream: Optional[subprocess.Popen[bytes]] = None  # `docker events`, open or ended
 
+    def close(self) -> None:
+        """End what is under way."""
+        UP_FLAG.value = False
+        for task, *_ in self.repairs:
+            task.join()
+
     def run(self) -> None:
         follower = threading.Thread(target=self.follow_events, daemon=True)
-        with UP_FLAG.when_lowered(self.wake.set), self.pool:
+        with UP_FLAG.when_lowered(self.wake.set), contextlib.closing(self):
             while UP_FLAG.value:
                 timeout = self.settings.interval
                 try:
@@ -733,9 +782,11 @@ class _Watch:
                 with contextlib.suppress(_Cancelled, ComposeError, OSError, ValueError):  # for now, the interval will do
                     self.stream, until = self.stack.open_events(until)
                     with UP_FLAG.when_lowered(functools.partial(_kill, self.stream)), self.stream as stream:
-                        while os.read(stream.stdout.fileno(), 1 << 16):  # type: ignore[union-attr]
+                        pipe: Any = stream.stdout
+                        while select.select([pipe], [], [], _STREAM_LIFE + 5)[0] and os.read(pipe.fileno(), 1 << 16):
                             self.woken = self.clock()
                             self.wake.set()
+                        _kill(stream)  # silent for longer than it may live: it hangs
                     if self.clock() - began < _STREAM_LIFE - 5:
                         until = ''  # lost before its time: nobody knows what was missed
                     else:
@@ -764,18 +815,16 @@ class _Watch:
             self.outage = None
         recent = now - self.woken < _AFTERMATH
         actions = decide(containers, self.stack.services, self.woken if recent else now, self.history, self.settings)
-        busy = {action.service for group, _ in self.repairs.values() for action in group}
+        busy = {action.service for _, _, group, _ in self.repairs for action in group}
         actions = [action for action in actions if action.service not in busy]
         for action in actions:
             if action.streak.repairs + 1 >= _LOOP and action.key not in self.history.since:
                 _warn(_describe_loop(action, now))
         self.history = self.history._replace(since={action.key: action.since for action in actions})
         for verb in Verb:
-            group = [action for action in actions if action.verb is verb and action.due <= now]
-            if group:
-                future = self.pool.submit(self._mend, verb, group)
-                self.repairs[future] = group, now
-                future.add_done_callback(lambda _: self.wake.set())
+            due = [action for action in actions if action.verb is verb and action.due <= now]
+            for group in [due] if verb.tool == 'compose' else [[action] for action in due]:
+                self._begin(verb, group, now)
         status = '; '.join('{}: {}'.format(action.label, action.cause) for action in actions)
         running = [c.state is State.RUNNING for c in containers if c.service in self.stack.services]
         self.stack.notify('STATUS={}\nWATCHDOG=1'.format(status or '{} of {} running'.format(sum(running), len(running))))
@@ -783,50 +832,57 @@ class _Watch:
         wanted = [now + interval, now + again if recent else math.inf]
         return min(wanted + [action.due for action in actions if action.due > now]) - self.clock()
 
-    def _mend(self, verb: Verb, group: Sequence[Action]) -> List[Tuple[Action, Verb, Optional[ComposeError]]]:
-        """Run the one command that mends these faults; return what was done about each, and the error if it failed.
+    def _begin(self, verb: Verb, group: Sequence[Action], began: float) -> None:
+        """Mend faults of one kind in a thread. Only for Compose are there several at once: it takes its time for each command."""
+        if group:
+            task = _Task(self._mend, verb, sorted({action.target(verb) for action in group}))
+            task.start()
+            self.repairs.append((task, verb, group, began))
+
+    def _mend(self, verb: Verb, targets: Sequence[str]) -> None:
+        try:
+            with self.turns[verb.tool]:
+                if verb.tool == 'compose':
+                    self.stack.compose(*verb.arguments, *targets, more=9 * self.settings.timeout)
+                else:
+                    grace = self.stack.longest_grace(targets) if verb is Verb.RESTART else 0.0
+                    self.stack.docker(*verb.arguments, *targets, more=grace)
+        finally:
+            self.wake.set()
+
+    def finish_repairs(self) -> None:
+        """Take note of the repairs that have ended.
 
         Compose brings up what Docker could not start. Where Compose failed for several, each gets a command of its own.
         """
-        targets = sorted({action.container if verb.tool == 'docker' else action.service for action in group})
-        try:
-            if verb.tool == 'docker':
-                self.stack.docker(*verb.arguments, *targets, more=self.stack.longest_grace(targets) if verb is Verb.RESTART else 0)
-            else:
-                with self.composing:  # two at a time would create the same network twice
-                    self.stack.compose(*verb.arguments, *targets, more=9 * self.settings.timeout)
-            return [(action, verb, None) for action in group]
-        except ComposeError as error:
-            outcomes: List[Tuple[Action, Verb, Optional[ComposeError]]] = []
-            for action in group:
-                if action.container in error.stdout.split():  # Docker prints the id of each container that it has mended
-                    outcomes.append((action, verb, None))
-                elif verb is Verb.START:
-                    logger.info('%s; bringing %s up instead', error, action.label)
-                    outcomes += self._mend(Verb.UP, [action])
-                elif verb.tool == 'compose' and len(group) > 1:
-                    outcomes += self._mend(verb, [action])
-                else:
-                    outcomes.append((action, verb, error))
-            return outcomes
+        ended = [repair for repair in self.repairs if repair[0].ended.is_set()]
+        self.repairs = [repair for repair in self.repairs if repair not in ended]
+        for task, verb, group, began in ended:
+            error = task.error
+            if error is not None and verb is Verb.START and not isinstance(error, _Cancelled):
+                logger.info('%s; bringing %s up instead', error, group[0].label)
+                self._begin(Verb.UP, group, began)
+            elif error is not None and len(group) > 1:
+                for action in group:
+                    self._begin(verb, [action], began)
+            elif not isinstance(error, _Cancelled):
+                for action in group:
+                    self._record(verb, action, error, began)
 
-    def finish_repairs(self) -> None:
-        """Take note of the repairs that have ended: their faults are over, or begin anew, and the next one may have to wait."""
+    def _record(self, verb: Verb, action: Action, error: Optional[BaseException], began: float) -> None:
+        """Remember a repair: its fault is over, or begins anew, and the next one of this service may have to wait."""
         since, streaks = dict(self.history.since), dict(self.history.streaks)
-        for future in [future for future in self.repairs if future.done()]:
-            began = self.repairs.pop(future)[1]
-            for action, verb, error in future.result():
-                since.pop(action.key, None)
-                if error is not None or action.verb not in (Verb.UNPAUSE, Verb.REMOVE):
-                    streaks[action.line] = Streak(action.streak.repairs + 1, action.streak.began, self.clock())
-                if error is not None:
-                    self.failures += 1
-                    logger.error('%s: %s, not %s: %s', action.label, action.cause, verb.done, error)
-                else:
-                    logger.info('%s: %s -> %s (%.2f s)', action.label, action.cause, verb.done, self.clock() - began)
-                if verb.tool == 'compose':
-                    self.known = None  # perhaps the service is not declared any more, or with another scale
+        since.pop(action.key, None)
+        if error is not None or action.verb not in (Verb.UNPAUSE, Verb.REMOVE) and action.cause != State.CREATED.value:
+            streaks[action.line] = Streak(action.streak.repairs + 1, action.streak.began, self.clock())
         self.history = History(since, streaks)
+        if error is not None:
+            self.failures += 1
+            logger.error('%s: %s, not %s: %s', action.label, action.cause, verb.done, error)
+        else:
+            logger.info('%s: %s -> %s (%.2f s)', action.label, action.cause, verb.done, self.clock() - began)
+        if verb.tool == 'compose':
+            self.known = None  # perhaps the service is not declared any more, or with another scale
 
 
 def _describe_loop(action: Action, now: float) -> str:
@@ -850,7 +906,8 @@ def _watch_in_process(stack: _Stack) -> None:
                     process.start()
                     multiprocessing.connection.wait([process.sentinel, theirs])
                 except (OSError, AssertionError, RuntimeError) as error:  # such as: daemonic processes can't have children
-                    _warn('no watcher process can be started ({}); watching in a thread'.format(error))
+                    if not lowered.is_set():
+                        _warn('no watcher process can be started ({}); watching in a thread'.format(error))
                     return _Watch(stack).run()
             process.join(2)
             if process.pid and process.exitcode is None:
@@ -864,13 +921,15 @@ def _process_main(theirs: Any, ours: Any, stack: _Stack, level: int) -> None:
     ours.close()  # with this copy open, the end of the parent would go unnoticed
     for signum in (signal.SIGINT, stack.settings.kill_signal):
         signal.signal(signum, lambda *_: None)  # the parent's business; not SIG_IGN, which commands would inherit
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # how multiprocessing ends it if the host does not
     UP_FLAG.__init__()  # type: ignore[misc]  # a forked copy has the parent's callbacks
     if stack.notify is _notify:  # on the command line: a process that is not forked has to be told
         _set_up_logging(level)
     watcher, parent = threading.Thread(target=_Watch(stack).run), os.getppid()
     watcher.start()
-    while watcher.is_alive() and not theirs.poll(1.0) and os.getppid() == parent:  # a fork of it may still hold the pipe open
-        pass
+    with contextlib.suppress(KeyboardInterrupt):
+        while watcher.is_alive() and not theirs.poll(1.0) and os.getppid() == parent:  # a fork of it may hold the pipe open
+            pass
     UP_FLAG.value = False
     watcher.join()
 
@@ -882,7 +941,7 @@ def start_container(settings: Optional[Settings] = None) -> None:
     Raises ComposeError if Docker or Compose fails, ValueError for a bad setting.
     """
     stack = _Stack(settings)
-    stack.apply('unpause', [State.PAUSED])  # `up` can't start it
+    stack.prepare()
     stack.start()
 
 
@@ -916,44 +975,51 @@ def docker_compose(settings: Optional[Settings] = None) -> Iterator[UpFlag]:
 
 @contextlib.contextmanager
 def _supervise(stack: _Stack) -> Iterator[UpFlag]:
-    from concurrent.futures import ThreadPoolExecutor, wait
-
     process = sys.modules.get('multiprocessing.process')
     if process is not None and getattr(process.current_process(), '_inheriting', False):  # a watcher process that starts
         raise RuntimeError("docker_compose() must stand under `if __name__ == '__main__':`, as multiprocessing wants it")
     UP_FLAG.value = True
-    stack.apply('unpause', [State.PAUSED])  # `up` can't start it; if this fails, there is nothing to undo
+    stack.prepare()
     stack.flag, failed = UP_FLAG, True
+    start = _Task(stack.start)  # in a thread: here, a signal that comes while it starts a process would lose it
     watch = functools.partial(_watch_in_process, stack) if stack.settings.watcher is Watcher.PROCESS else _Watch(stack).run
     watcher = threading.Thread(target=watch, name='broapt-watchdog', daemon=True)
-    pool = ThreadPoolExecutor(1)
-    with _handling({int(signal.SIGINT), stack.settings.kill_signal}):
+    signals = (int(signal.SIGINT), stack.settings.kill_signal)
+    _Signals.number, _Signals.deaf_until = stack.settings.kill_signal, 0.0
+    with _handling(signals):
         try:
             try:
-                started = pool.submit(stack.start)  # in a thread: here, a signal that comes while it starts a process would lose it
-                while not wait([started], 1.0).done:  # no endless wait: the kernel may give a signal to another thread
+                start.start()
+                while not start.ended.wait(1.0):  # no endless wait: the kernel may give a signal to another thread
                     pass
-                started.result()
-                pool.shutdown()
+                if start.error is not None:
+                    raise start.error
                 watcher.start()
                 stack.notify('READY=1')
                 yield UP_FLAG
                 failed = False
+            except _Cancelled:
+                raise ComposeError((*stack.settings.compose_command, 'up'), None, '', 'the flag was lowered') from None
             finally:
                 _Signals.deaf_until = math.inf  # from here on, further signals are only noted
         finally:  # nested, for a signal may come before that
-            logger.info('stopping the stack')
-            stack.notify('STOPPING=1')
-            UP_FLAG.value = False
-            pool.shutdown()
-            if watcher.ident is not None:
-                watcher.join()
-            try:
-                stack.stop()
-            except ComposeError as error:
-                if not failed:
-                    raise
-                _warn('the stack could not be stopped: {}'.format(error))  # what went wrong before comes out
+            with _handling(signals):  # again: the body may have changed the handlers, as asyncio does
+                logger.info('stopping the stack')
+                stack.notify('STOPPING=1')
+                UP_FLAG.value = False
+                for thread in [thread for thread in (start, watcher) if thread.ident is not None]:
+                    thread.join(10)  # it ends at once, except in a host that is just being torn down
+                _stop(stack, failed)
+            _Signals.deaf_until = 0.0
+
+
+def _stop(stack: _Stack, failed: bool) -> None:
+    try:
+        stack.stop()
+    except ComposeError as error:
+        if not failed:
+            raise
+        _warn('the stack could not be stopped: {}'.format(error))  # what went wrong before comes out
 
 
 # -- signals ---------------------------------------------------------------------------------------------------------
@@ -980,12 +1046,11 @@ def flask_exit(signum: Optional[int] = None, frame: Any = None) -> None:
         environ.get('werkzeug.server.shutdown', lambda: os.kill(os.getpid(), kill_signal))()
     elif time.monotonic() < _Signals.deaf_until:
         _Signals.noted.append(signum)
+    elif _Signals.previous.get(signum) not in (None, signal.SIG_DFL, signal.SIG_IGN, signal.default_int_handler):
+        _Signals.previous[signum](signum, frame)
     else:
         _Signals.deaf_until = time.monotonic() + 1.0
-        previous = _Signals.previous.get(signum)
-        if not callable(previous):
-            raise KeyboardInterrupt
-        previous(signum, frame)
+        raise KeyboardInterrupt
 
 
 def register(settings: Optional[Settings] = None) -> None:
@@ -1003,18 +1068,17 @@ def _handling(signals: Iterable[int]) -> Iterator[None]:
     """Let flask_exit handle these signals, unless they are ignored; at the end, tell which came in the clean-up."""
     main = threading.current_thread() is threading.main_thread()  # only there can they be handled
     kept = (flask_exit, signal.SIG_IGN, None)  # None: Python could not put that handler back
-    replaced = [signum for signum in signals if main and signal.getsignal(signum) not in kept]
-    _Signals.deaf_until = 0.0
-    _Signals.previous.update((signum, signal.signal(signum, flask_exit)) for signum in replaced)
+    replaced = {s: signal.signal(s, flask_exit) for s in signals if main and signal.getsignal(s) not in kept}
+    _Signals.previous.update(replaced)
     try:
         yield
     finally:
-        for signum in replaced:
-            signal.signal(signum, _Signals.previous.pop(signum))
-        _Signals.deaf_until = 0.0
+        for signum, handler in replaced.items():
+            signal.signal(signum, handler)
+            _Signals.previous.pop(signum, None)
         while _Signals.noted:
             name = signal.Signals(_Signals.noted.pop(0)).name
-            logger.info('%s came while the stack was being stopped; it changed nothing', name)
+            logger.info('%s came when the end was under way already; it changed nothing', name)
 
 
 # -- the command line ------------------------------------------------------------------------------------------------
@@ -1029,7 +1093,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             return _run_until_signal(settings)
         stack = _Stack(settings)
         code = _status(stack, as_json) if command == 'status' else _explain(stack) if dry_run else _check(stack)
-        sys.stdout.flush()
+        print(end='', flush=True)
         return code
     except KeyboardInterrupt:
         return 0 if command == 'run' else 1
@@ -1046,7 +1110,8 @@ def _parse_arguments(argv: Optional[Sequence[str]]) -> Dict[str, Any]:
             self.exit(2, '{}: {}; --help lists what is accepted\n'.format(self.prog, message))
 
     table = {field.lower(): texts for field, *texts in re.findall('BROAPT_(\\w+) +(.+?)  +(.+)', __doc__ or '')}
-    parser = Parser('broapt_compose', description=(__doc__ or '').split('\n')[0], allow_abbrev=False,
+    # Python 3.6 and 3.7 don't understand -i5 if they must not abbreviate.
+    parser = Parser('broapt_compose', description=(__doc__ or '').split('\n')[0], allow_abbrev=sys.version_info < (3, 8),
                     epilog='Every setting can also come from the environment, for example BROAPT_INTERVAL.')  # fmt: skip
     commands = 'run: up, watch, stop at the signal (default); check: look once, and repair; status: a table'
     parser.add_argument('command', nargs='?', choices=('run', 'check', 'status'), default='run', help=commands)
@@ -1103,19 +1168,17 @@ def _notify(text: str) -> None:
 
 def _check(stack: _Stack) -> int:
     """Repair what is wrong, once it has settled; return 1 if that failed."""
+    stack.read_services()
     watch = _Watch(stack)
-    with watch.pool:
-        try:
+    with contextlib.closing(watch):
+        watch.cycle()
+        if watch.history.since:
+            threading.Event().wait(min(stack.settings.settle, threading.TIMEOUT_MAX))
             watch.cycle()
-            if watch.history.since:
-                threading.Event().wait(stack.settings.settle)
-                watch.cycle()
-            while watch.repairs:
-                watch.wake.wait(1.0)
-                watch.wake.clear()
-                watch.finish_repairs()
-        finally:
-            UP_FLAG.value = False  # after Ctrl+C, it ends the repairs under way
+        while watch.repairs:
+            watch.wake.wait(1.0)
+            watch.wake.clear()
+            watch.finish_repairs()
     return 1 if watch.outage is not None or watch.failures else 0
 
 
@@ -1129,7 +1192,7 @@ def _explain(stack: _Stack) -> int:
             print('{}: {}: nothing to do'.format(container.label, container.condition))
     for action in actions:
         tool = stack.settings.compose_command if action.verb.tool == 'compose' else ('docker',)
-        command = _quote([*tool, *action.verb.arguments, action.container or action.service])
+        command = _quote([*tool, *action.verb.arguments, action.target(action.verb)])
         print('{}: {}: would run `{}`'.format(action.label, action.cause, command))
     if not actions:
         print('all is well')
@@ -1155,7 +1218,7 @@ def _status(stack: _Stack, as_json: bool) -> int:
     columns = ('service', 'container', 'state', 'health', 'since')
     table = [[name.upper() for name in columns]] + [[row.get(name) or '-' for name in columns] for row in rows]
     widths = [max(map(len, column)) for column in zip(*table)]
-    coloured = sys.stdout.isatty() and 'NO_COLOR' not in os.environ
+    coloured = sys.stdout is not None and sys.stdout.isatty() and 'NO_COLOR' not in os.environ
     for cells, fault in zip(table, [None, *(row['fault'] for row in rows)]):
         line = '  '.join(cell.ljust(width) for cell, width in zip(cells, widths)).rstrip()
         print('\033[{}m{}\033[0m'.format(31 if fault else 32, line) if coloured and fault is not None else line)

@@ -139,8 +139,7 @@ if play.get('endless'):
 sys.stdout.write(play.get('out', ''))
 sys.stderr.write(play.get('err', ''))
 sys.stdout.flush()
-if play.get('hang'):
-    time.sleep(600)
+time.sleep(600 if play.get('hang') else play.get('seconds', 0))
 sys.exit(play.get('code', 0))
 """
 
@@ -258,12 +257,8 @@ def watch(settings=FAST, clock=time.monotonic):
     """Give a watch whose cycles the test runs itself."""
     stack = bc._Stack(settings)
     stack.flag = bc.UP_FLAG
-    watch = bc._Watch(stack, clock)
-    with watch.pool:
-        try:
-            yield watch
-        finally:
-            bc.UP_FLAG.value = False
+    with contextlib.closing(bc._Watch(stack, clock)) as watch:
+        yield watch
 
 
 def shop():
@@ -275,9 +270,10 @@ def shop():
 
 def finish(watch):
     """Wait for the repairs under way, and take note of them."""
-    for future in list(watch.repairs):
-        future.exception(20)
-    watch.finish_repairs()
+    while watch.repairs:
+        for task, *_ in watch.repairs:
+            task.join(20)
+        watch.finish_repairs()
 
 
 def repairs(docker):
@@ -344,7 +340,7 @@ def test_signal_is_a_number_or_a_name(value, number):
         ('prune', ['all']),
         ('unhealthy', ['stop']),
         ('compose_command', ["'", '', ' ', []]),
-        ('docker_compose', ['/none/such.yml', '/', ['/none'], 'a\0b', 7]),
+        ('docker_compose', ['/none/such.yml', '/', ['/none'], 'a\0b', 7, '', os.pathsep, ['']]),
     ],
 )
 def test_bad_value_is_one_line_naming_setting_and_value(field, values, monkeypatch):
@@ -541,7 +537,7 @@ def test_endless_output_is_read_until_the_deadline_but_not_kept(docker):
 
 def test_command_that_cannot_be_started_is_an_error_like_any_other(docker):
     (docker.folder / 'docker').chmod(0o644)
-    for command, why in ((['docker'], 'Permission denied'), (['none'], 'No such file or directory'), (['docker', '\0'], 'null')):
+    for command, why in ((['docker'], 'Permission denied'), (['none'], 'command not found'), (['docker', '\0'], 'null')):
         with pytest.raises(ComposeError, match=why):
             run(*command)
 
@@ -582,7 +578,7 @@ def test_compose_is_found_by_asking_and_its_absence_is_told(docker):
     assert bc._Stack(Settings()).settings.compose_command == ('docker-compose',)
     for name in ('docker', 'docker-compose'):
         (docker.folder / name).unlink()
-    with pytest.raises(ComposeError, match='docker --version: No such file'):
+    with pytest.raises(ComposeError, match='docker --version: command not found'):
         bc._Stack(Settings())
 
 
@@ -657,7 +653,7 @@ ROWS = [
     ('paused and stopped at once are both repaired', {'core': make(state='paused'), 'db': make('db', 'exited')},
      [('unpause', 'core', 'paused'), ('start', 'db', 'exited (137)')]),
     ('all gone: all are created', {'core': None, 'db': None, 'init': None, 'side': None},
-     [('create', name, 'missing') for name in ('core', 'db', 'init')]),
+     [('create', 'db', 'missing'), ('create', 'init', 'missing')]),
 ]  # fmt: skip
 
 
@@ -666,6 +662,7 @@ def test_decide(changes, actions):
     assert found(look(**changes)) == actions
 
 
+@pytest.mark.parametrize('core', [make(state='created'), None], ids=['created', 'missing'])
 @pytest.mark.parametrize(
     'changes, acts',
     [
@@ -675,9 +672,15 @@ def test_decide(changes, actions):
         ({'init': make('init', 'exited', exit_code=1)}, False),
     ],
 )
-def test_created_container_is_left_to_somebodys_up_until_what_it_depends_on_is_ready(changes, acts):
-    actions = bc.decide(look(core=make(state='created'), **changes), SERVICES, NOW, History(), FAST)
+def test_first_start_waits_until_what_it_depends_on_is_ready(core, changes, acts):
+    actions = bc.decide(look(core=core, **changes), SERVICES, NOW, History(), FAST)
     assert ('core' in [action.service for action in actions]) == acts
+
+
+@pytest.mark.parametrize('service', [None, Service(watched=False), Service(scale=0)], ids=['undeclared', 'unwatched', 'off'])
+def test_first_start_does_not_wait_for_what_nobody_will_bring(service):
+    services = {name: s for name, s in dict(SERVICES, init=service).items() if s}
+    assert ('create', 'core', 'missing') in found(look(core=None, init=None), services)
 
 
 def test_unpausing_that_fails_is_tried_less_and_less_often():
@@ -716,6 +719,14 @@ def test_further_repairs_wait_longer_up_to_five_minutes_and_ten_seconds_of_runni
     assert (action.due, action.streak.repairs) == (NOW, 0)
 
 
+def test_first_start_of_a_container_does_not_count_as_a_repair(docker):
+    play_stack(docker, [SIDE, line('core', 'created', 'Created')], PLAIN)
+    with watch() as w:
+        w.cycle()
+        finish(w)
+        assert repairs(docker) == [['start', 'core1']] and w.history.streaks == {}
+
+
 def test_unpausing_never_waits_for_a_crash_loop():
     history = History(streaks={'db': Streak(9, NOW, NOW)})
     (action,) = bc.decide(look(db=make('db', 'paused')), SERVICES, NOW, history, FAST)
@@ -749,7 +760,7 @@ def test_invariants_hold_over_random_histories(seed):
 # -- the watcher -----------------------------------------------------------------------------------------------------
 
 
-def test_each_kind_of_repair_is_one_command_for_all_and_neighbours_are_not_named(docker):
+def test_each_container_is_repaired_by_a_command_of_its_own_and_neighbours_are_not_named(docker):
     lines = [line('core', 'exited', 'Exited (137) 1 second ago'), line('db', 'exited', 'Exited (0) 1 second ago'), SIDE]
     play_stack(
         docker, lines + [line('web', 'paused', 'Up 2 seconds (Paused)')], PLAIN + '  db:\n    image: b\n  web:\n    image: b\n'
@@ -757,7 +768,7 @@ def test_each_kind_of_repair_is_one_command_for_all_and_neighbours_are_not_named
     with watch() as w:
         w.cycle()
         finish(w)
-    assert sorted(repairs(docker)) == [['start', 'core1', 'db1'], ['unpause', 'web1']]
+    assert sorted(repairs(docker)) == [['start', 'core1'], ['start', 'db1'], ['unpause', 'web1']]
 
 
 def test_missing_services_are_created_by_one_command_without_touching_what_they_depend_on(docker):
@@ -830,16 +841,16 @@ def test_crash_loop_is_warned_of_from_the_third_repair_on(docker, caplog):
 def test_container_that_cannot_be_started_is_brought_up_by_compose(docker, caplog):
     failure = {'code': 1, 'err': 'Error response from daemon: network gone\nError: failed to start containers: core1\n'}
     lines = [line('core', 'exited', 'Exited (3) 1 second ago'), line('side', 'exited', 'Exited (0) 1 second ago')]
-    play_stack(docker, lines, PLAIN, start=dict(failure, out='side1\n'))
+    play_stack(docker, lines, PLAIN, start_core1=failure)
     caplog.set_level('INFO', 'broapt_compose')
     with watch() as w:
         w.cycle()
         finish(w)
-    assert repairs(docker) == [['start', 'core1', 'side1'], ['compose', 'up', '--detach', '--no-deps', 'core']]
-    assert [re.sub(r'\d\.\d+ s', 'N s', message) for message in caplog.messages] == [
-        'docker start core1 side1: exit code 1: Error response from daemon: network gone; Error: failed to start containers: core1'
-        '; bringing core up instead',
+    assert sorted(repairs(docker)) == [['compose', 'up', '--detach', '--no-deps', 'core'], ['start', 'core1'], ['start', 'side1']]
+    assert sorted(re.sub(r'\d\.\d+ s', 'N s', message) for message in caplog.messages) == [
         'core: exited (3) -> brought up (N s)',
+        'docker start core1: exit code 1: Error response from daemon: network gone; Error: failed to start containers: core1; '
+        'bringing core up instead',
         'side: exited (0) -> started (N s)',
     ]
 
@@ -976,6 +987,13 @@ def test_lost_event_stream_is_reopened_but_not_in_a_hurry(docker):
         assert eventually(lambda: sum(call[0] == 'info' for call in docker.calls()) == 2), 'it does not know what it has missed'
 
 
+def test_event_stream_that_is_silent_for_longer_than_it_may_live_is_replaced(docker, monkeypatch):
+    play_stack(docker, [SIDE], events={'hang': True, 'child': True})
+    monkeypatch.setattr(bc, '_STREAM_LIFE', -4)
+    with watch() as w, following(w):
+        assert eventually(lambda: len(streams(docker)) >= 3)
+
+
 def test_event_wakes_the_watcher(docker):
     play_stack(docker, [SIDE], events={'out': 'abc\n', 'hang': True})
     with watch() as w, following(w):
@@ -1027,6 +1045,17 @@ def test_watcher_recovers_when_no_process_can_be_started_for_a_while(docker, mon
         finish(w)
     assert len(caught) == 1 and 'Resource temporarily unavailable' in str(caught[0].message)
     assert repairs(docker) == [['start', 'core1']]
+
+
+def test_interrupted_watch_container_leaves_no_thread_and_no_command(docker):
+    play_stack(docker, [SIDE, line('core', 'exited', 'Exited (3) 1 second ago')], PLAIN, start={'hang': True})
+    waiting = threading.Thread(target=lambda: eventually(lambda: repairs(docker)) and os.kill(os.getpid(), signal.SIGINT))
+    waiting.start()
+    before = set(threading.enumerate())
+    with pytest.raises(KeyboardInterrupt):
+        bc.watch_container(FAST)
+    waiting.join()
+    assert eventually(lambda: set(threading.enumerate()) <= before)
 
 
 # -- the flag --------------------------------------------------------------------------------------------------------
@@ -1183,6 +1212,95 @@ def test_longest_stop_grace_period_comes_on_top_of_the_timeout(docker):
     assert shop().longest_grace(['a']) == 10
 
 
+def test_grace_period_counts_although_a_container_cannot_be_unpaused(docker, caplog):
+    lines = [line('core', 'paused', 'Up 2 minutes (Paused)'), SIDE]
+    play_stack(docker, lines, PLAIN, unpause={'code': 1, 'err': 'gone'}, inspect={'out': '30\n'}, compose_stop={'seconds': 5})
+    bc.stop_container(FAST._replace(timeout=4))
+    assert caplog.messages == ['docker unpause core1: exit code 1: gone; stopping the stack nevertheless']
+
+
+def test_stack_is_stopped_although_its_working_directory_is_gone(docker, tmp_path, monkeypatch):
+    play_stack(docker, [SIDE], 'services: {side: {image: busybox}}')
+    folder = tmp_path / 'release'
+    folder.mkdir()
+    monkeypatch.chdir(str(folder))
+    with bc.docker_compose(FAST):
+        os.chdir('/')
+        folder.rmdir()
+    assert ['rm', '--force', '--volumes', 'side1'] in docker.calls()
+
+
+def test_called_without_a_signal_it_sends_the_kill_signal_that_is_handled_although_nothing_was_registered(docker):
+    play_stack(docker, [SIDE], 'services: {side: {image: busybox}}')
+    with pytest.raises(KeyboardInterrupt), bc.docker_compose(FAST._replace(kill_signal=signal.SIGUSR1)):
+        bc.flask_exit()
+        threading.Event().wait(20)
+    assert ['rm', '--force', '--volumes', 'side1'] in docker.calls()
+
+
+def test_clean_up_is_protected_although_the_body_has_changed_the_handlers(docker, monkeypatch):
+    play_stack(docker, [SIDE], 'services: {side: {image: busybox}}')
+    calls, stop = [], bc._Stack.stop
+
+    def stop_interrupted(stack):
+        os.kill(os.getpid(), signal.SIGTERM)
+        stop(stack)
+
+    def handler(signum, frame):
+        calls.append(signum)
+
+    monkeypatch.setattr(bc._Stack, 'stop', stop_interrupted)
+    bc.register(FAST)
+    with bc.docker_compose(FAST):
+        signal.signal(signal.SIGTERM, handler)
+    assert calls == [] and signal.getsignal(signal.SIGTERM) is handler
+    assert ['rm', '--force', '--volumes', 'side1'] in docker.calls()
+
+
+def test_flag_that_is_lowered_during_the_start_undoes_it(docker):
+    play_stack(docker, [SIDE], PLAIN, compose_up={'hang': True})
+    lowering = threading.Thread(
+        target=lambda: eventually(lambda: ['compose', 'up', '--build', '--detach'] in docker.calls()) and bc.UP_FLAG.clear()
+    )
+    lowering.start()
+    with pytest.raises(ComposeError, match='docker compose up: the flag was lowered'), bc.docker_compose(FAST):
+        raise AssertionError('entered')
+    lowering.join()
+    assert ['rm', '--force', '--volumes', 'side1'] in docker.calls()
+
+
+LEFT = """if True:
+    import sys, threading, broapt_compose as bc
+    settings = bc.Settings.load(settle=0, watcher=sys.argv[2], compose_command='docker compose', prune='none')
+    def host():
+        with bc.docker_compose(settings):
+            threading.main_thread().join()
+            open(sys.argv[3], 'w').close()  # from here on, core has to be started
+            while 'start' not in open(sys.argv[3] + '.calls').read():
+                pass
+    if sys.argv[1] == 'thread':
+        threading.Thread(target=host).start()
+    else:
+        context = bc.docker_compose(settings)
+        context.__enter__()
+"""
+
+
+def test_host_whose_main_thread_has_ended_is_served_like_any_other(docker, tmp_path):
+    play_stack(docker, [line('core', 'exited', 'Exited (3) 1 second ago')], 'services:\n  core:\n    image: busybox\n')
+    (tmp_path / 'mark.calls').symlink_to(docker.folder / 'calls')
+    command = [sys.executable, '-c', LEFT, 'thread', 'thread', str(tmp_path / 'mark')]
+    assert subprocess.call(command, env=dict(os.environ, PYTHONPATH=str(HERE)), timeout=60) == 0
+    assert ['start', 'core1'] in docker.calls() and ['compose', 'stop'] in docker.calls()
+
+
+@pytest.mark.parametrize('watcher', ['thread', 'process'])
+def test_host_that_ends_without_leaving_the_context_does_not_hang(docker, tmp_path, watcher):
+    play_stack(docker, [SIDE], 'services: {side: {image: busybox}}')
+    command = [sys.executable, '-c', LEFT, 'main', watcher, str(tmp_path / 'mark')]
+    subprocess.call(command, env=dict(os.environ, PYTHONPATH=str(HERE)), timeout=60)
+
+
 def test_failed_start_is_undone_and_its_error_comes_out(docker):
     play_stack(docker, [SIDE], PLAIN, compose_up={'code': 17, 'err': 'Error: no such image'})
     docker_ps = docker.calls
@@ -1206,7 +1324,7 @@ def test_nothing_is_stopped_if_it_fails_before_the_first_up(docker):
     with pytest.raises(ComposeError, match='yaml: line 3: no'):
         with bc.docker_compose(FAST):
             raise AssertionError('entered')
-    assert docker.calls() == [['compose', 'ps', '--all', '--quiet']]
+    assert docker.calls() == [['compose', 'config']]
 
 
 def test_lowered_flag_cancels_a_repair_that_hangs(docker):
@@ -1251,7 +1369,7 @@ def test_docker_that_fails_is_one_line_and_exit_code_1(docker, command):
     assert len(result.stderr.splitlines()) == 1
     (docker.folder / 'docker').unlink()
     result = run_module(command, env={'PATH': str(docker.folder)})
-    assert (result.returncode, result.stderr) == (1, 'broapt_compose: docker --version: No such file or directory\n')
+    assert (result.returncode, result.stderr) == (1, 'broapt_compose: docker --version: command not found\n')
 
 
 def test_status_is_an_aligned_table_with_a_row_for_what_is_missing(docker):
@@ -1279,6 +1397,14 @@ def test_status_as_json(docker):
         'service': 'core', 'container': 'shop-core-1', 'id': 'core1', 'state': 'running', 'health': 'healthy',
         'since': '5 seconds', 'watched': True, 'fault': False,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize('arguments', [['status'], ['status', '--json'], ['check', '--dry-run']], ids=' '.join)
+def test_closed_standard_output_is_no_matter(docker, arguments):
+    play_stack(docker, [SIDE], 'services: {side: {image: busybox}}')
+    command = ['/bin/sh', '-c', '"$@" >&-', 'sh', sys.executable, str(MODULE), *arguments]
+    result = subprocess.run(command, stderr=subprocess.PIPE, timeout=60)
+    assert (result.returncode, result.stderr) == (0, b'')
 
 
 def test_check_dry_run_says_what_would_be_done_and_does_nothing(docker):
