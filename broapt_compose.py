@@ -43,7 +43,6 @@ import logging
 import math
 import os
 import re
-import select
 import selectors
 import shlex
 import signal
@@ -718,9 +717,9 @@ def _may_begin(name: str, own: Containers, services: Services) -> bool:
 class _Task(threading.Thread):
     """A thread that keeps what its function raises; concurrent.futures would refuse once the host's main thread has ended."""
 
-    def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
+    def __init__(self, wake: threading.Event, function: Callable[..., Any], *arguments: Any) -> None:
         super().__init__(daemon=True)
-        self.call, self.ended = functools.partial(function, *arguments), threading.Event()
+        self.wake, self.call, self.ended = wake, functools.partial(function, *arguments), False
         self.error: Optional[Exception] = None
 
     def run(self) -> None:
@@ -729,7 +728,8 @@ class _Task(threading.Thread):
         except Exception as error:
             self.error = error
         finally:
-            self.ended.set()
+            self.ended = True
+            self.wake.set()
 
 
 class _Watch:
@@ -782,10 +782,11 @@ class _Watch:
                 with contextlib.suppress(_Cancelled, ComposeError, OSError, ValueError):  # for now, the interval will do
                     self.stream, until = self.stack.open_events(until)
                     with UP_FLAG.when_lowered(functools.partial(_kill, self.stream)), self.stream as stream:
-                        pipe: Any = stream.stdout
-                        while select.select([pipe], [], [], _STREAM_LIFE + 5)[0] and os.read(pipe.fileno(), 1 << 16):
-                            self.woken = self.clock()
-                            self.wake.set()
+                        with selectors.DefaultSelector() as selector:
+                            key = selector.register(stream.stdout, selectors.EVENT_READ)  # type: ignore[arg-type]
+                            while selector.select(_STREAM_LIFE + 5) and os.read(key.fd, 1 << 16):
+                                self.woken = self.clock()
+                                self.wake.set()
                         _kill(stream)  # silent for longer than it may live: it hangs
                     if self.clock() - began < _STREAM_LIFE - 5:
                         until = ''  # lost before its time: nobody knows what was missed
@@ -835,27 +836,23 @@ class _Watch:
     def _begin(self, verb: Verb, group: Sequence[Action], began: float) -> None:
         """Mend faults of one kind in a thread. Only for Compose are there several at once: it takes its time for each command."""
         if group:
-            task = _Task(self._mend, verb, sorted({action.target(verb) for action in group}))
+            task = _Task(self.wake, self._mend, verb, sorted({action.target(verb) for action in group}))
             task.start()
             self.repairs.append((task, verb, group, began))
 
     def _mend(self, verb: Verb, targets: Sequence[str]) -> None:
-        try:
-            with self.turns[verb.tool]:
-                if verb.tool == 'compose':
-                    self.stack.compose(*verb.arguments, *targets, more=9 * self.settings.timeout)
-                else:
-                    grace = self.stack.longest_grace(targets) if verb is Verb.RESTART else 0.0
-                    self.stack.docker(*verb.arguments, *targets, more=grace)
-        finally:
-            self.wake.set()
+        with self.turns[verb.tool]:
+            if verb.tool == 'compose':
+                self.stack.compose(*verb.arguments, *targets, more=9 * self.settings.timeout)
+            else:
+                self.stack.docker(*verb.arguments, *targets, more=self.stack.longest_grace(targets) if verb is Verb.RESTART else 0)
 
     def finish_repairs(self) -> None:
         """Take note of the repairs that have ended.
 
         Compose brings up what Docker could not start. Where Compose failed for several, each gets a command of its own.
         """
-        ended = [repair for repair in self.repairs if repair[0].ended.is_set()]
+        ended = [repair for repair in self.repairs if repair[0].ended]
         self.repairs = [repair for repair in self.repairs if repair not in ended]
         for task, verb, group, began in ended:
             error = task.error
@@ -925,9 +922,9 @@ def _process_main(theirs: Any, ours: Any, stack: _Stack, level: int) -> None:
     UP_FLAG.__init__()  # type: ignore[misc]  # a forked copy has the parent's callbacks
     if stack.notify is _notify:  # on the command line: a process that is not forked has to be told
         _set_up_logging(level)
-    watcher, parent = threading.Thread(target=_Watch(stack).run), os.getppid()
-    watcher.start()
+    watcher, parent = threading.Thread(target=_Watch(stack).run, daemon=True), os.getppid()
     with contextlib.suppress(KeyboardInterrupt):
+        watcher.start()
         while watcher.is_alive() and not theirs.poll(1.0) and os.getppid() == parent:  # a fork of it may hold the pipe open
             pass
     UP_FLAG.value = False
@@ -981,7 +978,8 @@ def _supervise(stack: _Stack) -> Iterator[UpFlag]:
     UP_FLAG.value = True
     stack.prepare()
     stack.flag, failed = UP_FLAG, True
-    start = _Task(stack.start)  # in a thread: here, a signal that comes while it starts a process would lose it
+    started = threading.Event()
+    start = _Task(started, stack.start)  # in a thread: here, a signal that comes while it starts a process would lose it
     watch = functools.partial(_watch_in_process, stack) if stack.settings.watcher is Watcher.PROCESS else _Watch(stack).run
     watcher = threading.Thread(target=watch, name='broapt-watchdog', daemon=True)
     signals = (int(signal.SIGINT), stack.settings.kill_signal)
@@ -990,7 +988,7 @@ def _supervise(stack: _Stack) -> Iterator[UpFlag]:
         try:
             try:
                 start.start()
-                while not start.ended.wait(1.0):  # no endless wait: the kernel may give a signal to another thread
+                while not started.wait(1.0):  # no endless wait: the kernel may give a signal to another thread
                     pass
                 if start.error is not None:
                     raise start.error

@@ -1283,6 +1283,7 @@ LEFT = """if True:
     else:
         context = bc.docker_compose(settings)
         context.__enter__()
+        threading.Event().wait(1)
 """
 
 
