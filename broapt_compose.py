@@ -521,8 +521,10 @@ class _Stack:
         """Stop the stack gracefully, kill what outlasts its time, and clean up in any case."""
         self.flag, grace = None, 0.0
         try:
-            grace = self.longest_grace([c.id for c in self.observe()])
-            self.apply('unpause', [State.PAUSED])  # else it can't stop gracefully
+            containers = self.observe()
+            grace = self.longest_grace([c.id for c in containers])
+            if any(c.state is State.PAUSED for c in containers):
+                self.apply('unpause', [State.PAUSED])  # else it can't stop gracefully
         except ComposeError as error:
             logger.error('%s; stopping the stack nevertheless', error)
         try:
