@@ -707,8 +707,8 @@ class Chaos:
         until(lambda: not watchers & {process.pid for process in list_processes()}, 2 + SLACK / 4, 'no watcher process is left')
         self.check_damage({box.id: box for box in before}, Outcome(''), 'the containers stay as they are')
         self.start_host()
-        # `up` runs a finished one-shot again; and what `up --no-deps` has made has a different hash in Compose 2.26 if it depends on
-        # something (as what is in the network of another does), so that a full `up` makes it anew.
+        # `up` runs a finished one-shot again; and what `up --no-deps` has made has a different hash in Compose 2.26 if it depends
+        # on something (as what is in the network of another does), so that a full `up` makes it anew.
         may_change = frozenset(box.id for box in before if box.service in ('job', 'share', 'late'))
         return Outcome(f'{self.watcher} watcher', either=may_change)
 
