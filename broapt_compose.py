@@ -724,6 +724,12 @@ class _Task(threading.Thread):
         self.wake, self.call, self.ended = wake, functools.partial(function, *arguments), False
         self.error: Optional[Exception] = None
 
+    def start(self) -> None:
+        try:
+            super().start()
+        except RuntimeError:  # no thread to be had, as in Python 3.12 once the main thread has ended: then in this one
+            self.run()
+
     def run(self) -> None:
         try:
             self.call()
@@ -754,7 +760,7 @@ class _Watch:
     def close(self) -> None:
         """End what is under way."""
         UP_FLAG.value = False
-        for task, *_ in self.repairs:
+        for task in [task for task, *_ in self.repairs if not task.ended]:
             task.join()
 
     def run(self) -> None:
@@ -765,7 +771,8 @@ class _Watch:
                 try:
                     timeout = self.cycle()
                     if self.stack.project and not follower.ident:
-                        follower.start()
+                        with contextlib.suppress(RuntimeError):  # no thread to be had: the interval will do
+                            follower.start()
                 except _Cancelled:
                     pass
                 except Exception:

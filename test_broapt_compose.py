@@ -1274,12 +1274,16 @@ LEFT = """if True:
     settings = bc.Settings.load(settle=0, watcher=sys.argv[2], compose_command='docker compose', prune='none')
     def host():
         with bc.docker_compose(settings):
+            entered.set()
             threading.main_thread().join()
-            open(sys.argv[3], 'w').close()  # from here on, core has to be started
-            while 'start' not in open(sys.argv[3] + '.calls').read():
+            count = lambda: open(sys.argv[3]).read().count('"start"')
+            before = count()
+            while count() == before:
                 pass
     if sys.argv[1] == 'thread':
+        entered = threading.Event()
         threading.Thread(target=host).start()
+        entered.wait()
     else:
         context = bc.docker_compose(settings)
         context.__enter__()
@@ -1287,18 +1291,17 @@ LEFT = """if True:
 """
 
 
-def test_host_whose_main_thread_has_ended_is_served_like_any_other(docker, tmp_path):
+def test_host_whose_main_thread_has_ended_is_served_like_any_other(docker):
     play_stack(docker, [line('core', 'exited', 'Exited (3) 1 second ago')], 'services:\n  core:\n    image: busybox\n')
-    (tmp_path / 'mark.calls').symlink_to(docker.folder / 'calls')
-    command = [sys.executable, '-c', LEFT, 'thread', 'thread', str(tmp_path / 'mark')]
+    command = [sys.executable, '-c', LEFT, 'thread', 'thread', str(docker.folder / 'calls')]
     assert subprocess.call(command, env=dict(os.environ, PYTHONPATH=str(HERE)), timeout=60) == 0
     assert ['start', 'core1'] in docker.calls() and ['compose', 'stop'] in docker.calls()
 
 
 @pytest.mark.parametrize('watcher', ['thread', 'process'])
-def test_host_that_ends_without_leaving_the_context_does_not_hang(docker, tmp_path, watcher):
+def test_host_that_ends_without_leaving_the_context_does_not_hang(docker, watcher):
     play_stack(docker, [SIDE], 'services: {side: {image: busybox}}')
-    command = [sys.executable, '-c', LEFT, 'main', watcher, str(tmp_path / 'mark')]
+    command = [sys.executable, '-c', LEFT, 'main', watcher]
     subprocess.call(command, env=dict(os.environ, PYTHONPATH=str(HERE)), timeout=60)
 
 
