@@ -446,10 +446,12 @@ class _Stack:
         self.docker('--version')  # raises if there is no Docker at all
         raise ComposeError(('docker', 'compose'), None, '', 'no Compose found, neither this nor docker-compose')
 
-    def docker(self, *arguments: str, more: float = 0.0) -> str:  # more: seconds on top of the timeout
+    def docker(self, *arguments: str, more: float = 0.0) -> str:
+        """Return what `docker` printed; its deadline is the timeout and *more* seconds."""
         return _run(('docker', *arguments), self.settings.timeout + more, self.folder, self.flag)
 
     def compose(self, *arguments: str, more: float = 0.0, echo: bool = False) -> str:
+        """Return what Compose printed; its deadline is the timeout and *more* seconds."""
         files = [part for file in self.settings.docker_compose for part in ('--file', file)]
         command = (*self.settings.compose_command, *files, *arguments)
         return _run(command, self.settings.timeout + more, self.folder, self.flag, echo)
@@ -553,6 +555,7 @@ class _Stack:
             self.docker(*command.split(), *ids, more=self.longest_grace(ids) if command == 'stop' else 0.0)
 
     def clean_up(self) -> None:
+        """Delete what the setting *prune* says."""
         if self.settings.prune is Prune.SYSTEM:
             self.docker('system', 'prune', '--volumes', '--force')
         elif self.settings.prune is Prune.PROJECT and not self.project:
@@ -764,6 +767,7 @@ class _Watch:
             task.join()
 
     def run(self) -> None:
+        """Watch until the flag is lowered."""
         follower = threading.Thread(target=self.follow_events, daemon=True)
         with UP_FLAG.when_lowered(self.wake.set), contextlib.closing(self):
             while UP_FLAG.value:
