@@ -38,7 +38,6 @@ import contextlib
 import enum
 import functools
 import importlib
-import json
 import logging
 import math
 import os
@@ -260,6 +259,7 @@ class Service(NamedTuple):
     watched: bool = True
     network_of: str = ''  # the service whose network it uses
     depends_on: Mapping[str, str] = {}  # service -> condition
+    builds: bool = False  # its own image
 
 
 Containers = Sequence[Container]
@@ -272,6 +272,8 @@ _STATUS = re.compile(r'(?:Up|\w+ \((\d+)\)) ?(.*?)(?: ago)?(?: \((?:Paused|(?:he
 
 def _parse_containers(text: str) -> List[Container]:
     """Return what `docker ps --format _PS_FORMAT` printed, newest first, without one-offs; ValueError if it is not that."""
+    import json
+
     if text and not text.endswith('\n'):
         raise ValueError('the last line is cut off')
     containers = []
@@ -307,7 +309,8 @@ def _parse_services(text: str) -> Dict[str, Service]:
             scale = '0'  # Compose 1.29 gives no name, and prints also what is switched off
         watched = own.get(('labels', 'broapt.watch'), '').lower() != 'false'
         depends_on = {key[1]: value for key, value in own.items() if key[:1] == ('depends_on',) and key[2:] == ('condition',)}
-        services[name] = Service(int(scale), watched, own.get(('network_mode',), '').partition('service:')[2], depends_on)
+        network_of = own.get(('network_mode',), '').partition('service:')[2]
+        services[name] = Service(int(scale), watched, network_of, depends_on, ('build',) in own)
     return services
 
 
@@ -372,10 +375,12 @@ def _kill(process: 'subprocess.Popen[bytes]') -> None:
         process.wait(1)
 
 
-def _run(command: Sequence[str], limit: float, folder: str, flag: Optional[UpFlag] = None, echo: bool = False) -> str:
+def _run(command: Sequence[str], limit: float, folder: str, flag: Optional[UpFlag] = None,
+         more: Callable[[], float] = float, echo: bool = False) -> str:  # fmt: skip
     """Return what *command* wrote to standard output; with *echo*, all it writes is shown on standard error as it comes.
 
-    Raises ComposeError if it can't be started, fails or lasts longer than *limit* seconds, _Cancelled if *flag* is lowered.
+    After *limit* seconds, *more* tells how many it may have in addition (none: 0). Raises ComposeError if it can't be
+    started, fails or lasts longer, _Cancelled if *flag* is lowered.
     """
     if flag is not None and not flag.value:
         raise _Cancelled
@@ -390,6 +395,10 @@ def _run(command: Sequence[str], limit: float, folder: str, flag: Optional[UpFla
         on_flag = flag.when_lowered(functools.partial(_kill, process)) if flag else contextlib.ExitStack()
         with process.stdout, process.stderr, on_flag:
             code = _collect(process, buffers, time.monotonic() + limit, echo)
+            if code is None:
+                extra = more()
+                limit += extra
+                code = _collect(process, buffers, time.monotonic() + extra, echo)
     finally:
         if code is None:
             _kill(process)
@@ -446,15 +455,16 @@ class _Stack:
         self.docker('--version')  # raises if there is no Docker at all
         raise ComposeError(('docker', 'compose'), None, '', 'no Compose found, neither this nor docker-compose')
 
-    def docker(self, *arguments: str, more: float = 0.0) -> str:
-        """Return what `docker` printed; its deadline is the timeout and *more* seconds."""
-        return _run(('docker', *arguments), self.settings.timeout + more, self.folder, self.flag)
+    def docker(self, *arguments: str) -> str:
+        """Return what `docker` printed; its deadline is the timeout, for stop and restart on top of the longest grace period."""
+        more = functools.partial(self.longest_grace, arguments[1:]) if arguments[0] in ('stop', 'restart') else float
+        return _run(('docker', *arguments), self.settings.timeout, self.folder, self.flag, more)
 
-    def compose(self, *arguments: str, more: float = 0.0, echo: bool = False) -> str:
+    def compose(self, *arguments: str, more: Callable[[], float] = float, echo: bool = False) -> str:
         """Return what Compose printed; its deadline is the timeout and *more* seconds."""
         files = [part for file in self.settings.docker_compose for part in ('--file', file)]
         command = (*self.settings.compose_command, *files, *arguments)
-        return _run(command, self.settings.timeout + more, self.folder, self.flag, echo)
+        return _run(command, self.settings.timeout, self.folder, self.flag, more, echo)
 
     def observe(self) -> List[Container]:
         """Return all containers of the project but one-offs, newest first. The only reader; one command."""
@@ -512,64 +522,63 @@ class _Stack:
     def prepare(self) -> None:
         """Read the Compose files, and unpause what is paused, which `up` can't start. If this fails, there is nothing to undo."""
         self.read_services()
-        self.apply('unpause', [State.PAUSED])
+        self.apply('unpause', [State.PAUSED], self.observe())
 
     def start(self) -> None:
         """Bring the stack up, without a deadline, and learn the project's name: the Compose file may be broken at the end."""
-        self.compose('up', '--build', '--detach', more=math.inf, echo=True)
+        self.compose('up', '--build', '--detach', more=lambda: math.inf, echo=True)
         self.observe()
 
     def stop(self) -> None:
         """Stop the stack gracefully, kill what outlasts its time, and clean up in any case."""
-        self.flag, grace = None, 0.0
+        self.flag, containers = None, []
         try:
             containers = self.observe()
-            grace = self.longest_grace([c.id for c in containers])
-            if any(c.state is State.PAUSED for c in containers):
-                self.apply('unpause', [State.PAUSED])  # else it can't stop gracefully
+            self.apply('unpause', [State.PAUSED], containers)  # else it can't stop gracefully
         except ComposeError as error:
             logger.error('%s; stopping the stack nevertheless', error)
         try:
             if not self.services:
                 self.read_services()
-            self.compose('stop', more=grace)
+            self.compose('stop', more=lambda: self.longest_grace([c.id for c in containers]))
         except ComposeError as error:
             logger.error('%s; stopping the containers one by one', error)
         try:  # also what Compose leaves: services of a profile, or that are not in its file any more
-            self.apply('stop', _ALIVE)
+            containers = self.observe()
+            self.apply('stop', _ALIVE, containers)
         except ComposeError as error:
             logger.error('%s; killing the containers', error)
-            self.apply('kill', _ALIVE)
+            self.apply('kill', _ALIVE, self.observe())
         finally:
             try:
-                self.clean_up()
+                self.clean_up(containers)
             except ComposeError as error:
                 _warn('the clean-up failed: {}'.format(error))
 
-    def apply(self, command: str, states: Iterable[State]) -> None:
+    def apply(self, command: str, states: Iterable[State], containers: Containers) -> None:
         """Run a command on what is in these states, except a stack of another folder with the same project name."""
-        containers = self.observe()
         folders = {c.folder for c in containers if c.service in self.services or not self.services}
         ids = [c.id for c in containers if c.state in states and (c.service in self.services or c.folder in folders)]
         if ids:
-            self.docker(*command.split(), *ids, more=self.longest_grace(ids) if command == 'stop' else 0.0)
+            self.docker(*command.split(), *ids)
 
-    def clean_up(self) -> None:
-        """Delete what the setting *prune* says."""
+    def clean_up(self, containers: Containers) -> None:
+        """Delete what the setting *prune* says; *containers*: as seen last."""
         if self.settings.prune is Prune.SYSTEM:
             self.docker('system', 'prune', '--volumes', '--force')
         elif self.settings.prune is Prune.PROJECT and not self.project:
             self.compose('down')  # a start that failed before the first container may have left a network
         elif self.settings.prune is Prune.PROJECT:
             with contextlib.suppress(ComposeError):  # perhaps somebody else removes them, too
-                self.apply('rm --force --volumes', State)
-            self.apply('rm --force --volumes', State)  # the engine may just have finished a cancelled `up`
-            # Only Compose 2.x labels the images it builds. One that is in use stays: hence prune, not rm.
-            if self.docker('image', 'ls', '--quiet', '--filter=dangling=true', self.filter):
-                self.docker('image', 'prune', '--force', self.filter)
+                self.apply('rm --force --volumes', State, containers)
+            self.apply('rm --force --volumes', State, self.observe())  # the engine may just have finished a cancelled `up`
             networks = self.docker('network', 'ls', '--quiet', self.filter).split()
             if networks:
                 self.docker('network', 'rm', *networks)
+            # Only Compose 2.x labels the images it builds. One that is in use stays: hence prune, not rm.
+            dangling = ('image', 'ls', '--quiet', '--filter=dangling=true', self.filter)
+            if any(service.builds for service in self.services.values()) and self.docker(*dangling):
+                self.docker('image', 'prune', '--force', self.filter)
 
 
 # -- decide ----------------------------------------------------------------------------------------------------------
@@ -856,9 +865,9 @@ class _Watch:
     def _mend(self, verb: Verb, targets: Sequence[str]) -> None:
         with self.turns[verb.tool]:
             if verb.tool == 'compose':
-                self.stack.compose(*verb.arguments, *targets, more=9 * self.settings.timeout)
+                self.stack.compose(*verb.arguments, *targets, more=lambda: 9 * self.settings.timeout)
             else:
-                self.stack.docker(*verb.arguments, *targets, more=self.stack.longest_grace(targets) if verb is Verb.RESTART else 0)
+                self.stack.docker(*verb.arguments, *targets)
 
     def finish_repairs(self) -> None:
         """Take note of the repairs that have ended.
@@ -1224,6 +1233,8 @@ def _status(stack: _Stack, as_json: bool) -> int:
     rows.sort(key=lambda row: (row['service'], row.get('container', '')))
     ok = not any(row['fault'] for row in rows)
     if as_json:
+        import json
+
         print(json.dumps({'project': stack.project, 'ok': ok, 'containers': rows}, indent=2))
         return 0 if ok else 1
     columns = ('service', 'container', 'state', 'health', 'since')

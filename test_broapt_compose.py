@@ -66,7 +66,9 @@ services:
     networks:
       default: null
   init:
-    image: busybox
+    build:
+      context: /shop
+      dockerfile: Dockerfile
   multi:
     deploy:
       replicas: 2
@@ -95,7 +97,9 @@ services:
     labels:
       broapt.watch: 'false'
   init:
-    image: busybox
+    build:
+      context: /shop
+      dockerfile: Dockerfile
   multi:
     deploy:
       replicas: 2
@@ -433,7 +437,7 @@ def test_services_are_read_from_what_both_generations_print(text):
     done, started = {'init': 'service_completed_successfully'}, {'core': 'service_started'}
     assert bc._parse_services(text) == {
         'core': Service(watched=False, depends_on=done),
-        'init': Service(),
+        'init': Service(builds=True),
         'multi': Service(scale=2),
         'side': Service(network_of='core', depends_on=started),
         'zero': Service(scale=0),
@@ -1210,6 +1214,26 @@ def test_longest_stop_grace_period_comes_on_top_of_the_timeout(docker):
     assert shop().longest_grace(['a', 'b', 'c']) == 120
     docker.play(inspect={'out': 'null\n', 'code': 1})
     assert shop().longest_grace(['a']) == 10
+
+
+@pytest.mark.parametrize('command, grace', [('stop', 30), ('restart', 30), ('start', 0)])
+def test_stop_timeout_of_a_container_is_asked_for_only_when_the_time_is_up(docker, command, grace):
+    docker.play(inspect={'out': '30\n'}, **{command: {'seconds': 3}})
+    stack = bc._Stack(FAST._replace(timeout=2))
+    with contextlib.ExitStack() if grace else pytest.raises(ComposeError, match='no answer within 2 s'):
+        stack.docker(command, 'core1')
+    asked = [['inspect', '--format', '{{json .Config.StopTimeout}}', 'core1']] if grace else []
+    assert docker.calls() == [[command, 'core1'], *asked]
+    docker.play()
+    stack.docker(command, 'core1')
+    assert docker.calls() == [[command, 'core1'], *asked, [command, 'core1']]
+
+
+@pytest.mark.parametrize('build, pruned', [('', 0), ('    build: {context: .}\n', 1)])
+def test_dangling_images_are_looked_for_only_where_the_stack_builds_some(docker, build, pruned):
+    play_stack(docker, [SIDE], PLAIN + build, image_ls={'out': 'abc\n'})
+    bc.stop_container(FAST)
+    assert sum(call[:2] == ['image', 'prune'] for call in docker.calls()) == pruned
 
 
 def test_grace_period_counts_although_a_container_cannot_be_unpaused(docker, caplog):
