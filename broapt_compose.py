@@ -259,7 +259,6 @@ class Service(NamedTuple):
     watched: bool = True
     network_of: str = ''  # the service whose network it uses
     depends_on: Mapping[str, str] = {}  # service -> condition
-    builds: bool = False  # its own image
 
 
 Containers = Sequence[Container]
@@ -309,8 +308,7 @@ def _parse_services(text: str) -> Dict[str, Service]:
             scale = '0'  # Compose 1.29 gives no name, and prints also what is switched off
         watched = own.get(('labels', 'broapt.watch'), '').lower() != 'false'
         depends_on = {key[1]: value for key, value in own.items() if key[:1] == ('depends_on',) and key[2:] == ('condition',)}
-        network_of = own.get(('network_mode',), '').partition('service:')[2]
-        services[name] = Service(int(scale), watched, network_of, depends_on, ('build',) in own)
+        services[name] = Service(int(scale), watched, own.get(('network_mode',), '').partition('service:')[2], depends_on)
     return services
 
 
@@ -576,8 +574,7 @@ class _Stack:
             if networks:
                 self.docker('network', 'rm', *networks)
             # Only Compose 2.x labels the images it builds. One that is in use stays: hence prune, not rm.
-            dangling = ('image', 'ls', '--quiet', '--filter=dangling=true', self.filter)
-            if any(service.builds for service in self.services.values()) and self.docker(*dangling):
+            if self.docker('image', 'ls', '--quiet', '--filter=dangling=true', self.filter):
                 self.docker('image', 'prune', '--force', self.filter)
 
 

@@ -66,9 +66,7 @@ services:
     networks:
       default: null
   init:
-    build:
-      context: /shop
-      dockerfile: Dockerfile
+    image: busybox
   multi:
     deploy:
       replicas: 2
@@ -97,9 +95,7 @@ services:
     labels:
       broapt.watch: 'false'
   init:
-    build:
-      context: /shop
-      dockerfile: Dockerfile
+    image: busybox
   multi:
     deploy:
       replicas: 2
@@ -437,7 +433,7 @@ def test_services_are_read_from_what_both_generations_print(text):
     done, started = {'init': 'service_completed_successfully'}, {'core': 'service_started'}
     assert bc._parse_services(text) == {
         'core': Service(watched=False, depends_on=done),
-        'init': Service(builds=True),
+        'init': Service(),
         'multi': Service(scale=2),
         'side': Service(network_of='core', depends_on=started),
         'zero': Service(scale=0),
@@ -1227,13 +1223,6 @@ def test_stop_timeout_of_a_container_is_asked_for_only_when_the_time_is_up(docke
     docker.play()
     stack.docker(command, 'core1')
     assert docker.calls() == [[command, 'core1'], *asked, [command, 'core1']]
-
-
-@pytest.mark.parametrize('build, pruned', [('', 0), ('    build: {context: .}\n', 1)])
-def test_dangling_images_are_looked_for_only_where_the_stack_builds_some(docker, build, pruned):
-    play_stack(docker, [SIDE], PLAIN + build, image_ls={'out': 'abc\n'})
-    bc.stop_container(FAST)
-    assert sum(call[:2] == ['image', 'prune'] for call in docker.calls()) == pruned
 
 
 def test_grace_period_counts_although_a_container_cannot_be_unpaused(docker, caplog):
