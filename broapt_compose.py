@@ -349,7 +349,7 @@ UP_FLAG = UpFlag()
 
 
 # -- the Docker layer ------------------------------------------------------------------------------------------------
-def _spawn(command: Sequence[str], folder: str, stderr: int = subprocess.PIPE) -> 'subprocess.Popen[bytes]':
+def _spawn(command: Sequence[str], folder: str) -> 'subprocess.Popen[bytes]':
     """Start *command*, in a session of its own so that Ctrl+C in the terminal does not reach it."""
     environment = dict(os.environ)
     if getattr(sys, 'frozen', False):  # PyInstaller's library path is not for Docker
@@ -361,7 +361,7 @@ def _spawn(command: Sequence[str], folder: str, stderr: int = subprocess.PIPE) -
     try:
         folder = folder if os.path.isdir(folder) else '/'  # somebody may have removed it
         return subprocess.Popen(command, env=environment, cwd=folder, start_new_session=True, stdin=subprocess.DEVNULL,
-                                stdout=subprocess.PIPE, stderr=stderr)  # fmt: skip
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
@@ -374,8 +374,8 @@ def _kill(process: 'subprocess.Popen[bytes]') -> None:
 
 
 def _run(command: Sequence[str], limit: float, folder: str, flag: Optional[UpFlag] = None,
-         more: Callable[[], float] = float, echo: bool = False) -> str:  # fmt: skip
-    """Return what *command* wrote to standard output; with *echo*, all it writes is shown on standard error as it comes.
+         more: Callable[[], float] = float, show: Optional[Callable[[bytes], Any]] = None) -> str:  # fmt: skip
+    """Return what *command* wrote to standard output; *show* gets all that it writes, as it comes.
 
     After *limit* seconds, *more* tells how many it may have in addition (none: 0). Raises ComposeError if it can't be
     started, fails or lasts longer, _Cancelled if *flag* is lowered.
@@ -392,11 +392,11 @@ def _run(command: Sequence[str], limit: float, folder: str, flag: Optional[UpFla
     try:
         on_flag = flag.when_lowered(functools.partial(_kill, process)) if flag else contextlib.ExitStack()
         with process.stdout, process.stderr, on_flag:
-            code = _collect(process, buffers, time.monotonic() + limit, echo)
+            code = _collect(process, buffers, time.monotonic() + limit, show)
             if code is None:
                 extra = more()
                 limit += extra
-                code = _collect(process, buffers, time.monotonic() + extra, echo)
+                code = _collect(process, buffers, time.monotonic() + extra, show)
     finally:
         if code is None:
             _kill(process)
@@ -408,7 +408,8 @@ def _run(command: Sequence[str], limit: float, folder: str, flag: Optional[UpFla
     return output
 
 
-def _collect(process: 'subprocess.Popen[bytes]', buffers: Mapping[Any, bytearray], end: float, echo: bool) -> Optional[int]:
+def _collect(process: 'subprocess.Popen[bytes]', buffers: Mapping[Any, bytearray], end: float,
+             show: Optional[Callable[[bytes], Any]]) -> Optional[int]:  # fmt: skip
     """Read what the process writes until it has ended; return its exit code, None if it has not before the time *end*."""
     with selectors.DefaultSelector() as selector:
         for pipe, buffer in buffers.items():
@@ -419,17 +420,21 @@ def _collect(process: 'subprocess.Popen[bytes]', buffers: Mapping[Any, bytearray
                 chunk = os.read(key.fd, 1 << 16)
                 if not chunk:
                     selector.unregister(key.fileobj)
+                elif show is not None:
+                    show(chunk)
                 key.data.extend(chunk)
                 del key.data[: -(_OUTPUT_LIMIT if key.fileobj is process.stdout else _ERROR_LIMIT)]
-                if echo:
-                    with contextlib.suppress(OSError, ValueError, AttributeError):  # full disk, closed or no stream
-                        sys.stderr.write(chunk.decode('utf-8', 'replace'))
-                        sys.stderr.flush()
             if not ready and process.poll() is not None:
                 break  # but a process that it left behind holds its pipes, as ssh's ControlPersist does
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(max(0.01, end - time.monotonic()))
     return process.returncode
+
+
+def _echo(chunk: bytes) -> None:
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # full disk, closed or no stream
+        sys.stderr.write(chunk.decode('utf-8', 'replace'))
+        sys.stderr.flush()
 
 
 class _Stack:
@@ -458,11 +463,11 @@ class _Stack:
         more = functools.partial(self.longest_grace, arguments[1:]) if arguments[0] in ('stop', 'restart') else float
         return _run(('docker', *arguments), self.settings.timeout, self.folder, self.flag, more)
 
-    def compose(self, *arguments: str, more: Callable[[], float] = float, echo: bool = False) -> str:
+    def compose(self, *arguments: str, more: Callable[[], float] = float, show: Optional[Callable[[bytes], Any]] = None) -> str:
         """Return what Compose printed; its deadline is the timeout and *more* seconds."""
         files = [part for file in self.settings.docker_compose for part in ('--file', file)]
         command = (*self.settings.compose_command, *files, *arguments)
-        return _run(command, self.settings.timeout, self.folder, self.flag, more, echo)
+        return _run(command, self.settings.timeout, self.folder, self.flag, more, show)
 
     def observe(self) -> List[Container]:
         """Return all containers of the project but one-offs, newest first. The only reader; one command."""
@@ -502,8 +507,8 @@ class _Stack:
                 raise
             _warn('the Compose file cannot be read; going on by what it said before: {}'.format(error))
 
-    def open_events(self, since: str) -> Tuple['subprocess.Popen[bytes]', str]:
-        """Start `docker events` for what can begin a fault; return it, and the engine's time at which it will end.
+    def follow_events(self, since: str, show: Callable[[bytes], Any]) -> str:
+        """Call *show* at each event that can begin a fault; return the engine's time at which the stream has ended.
 
         It begins at the engine's time *since* ('': now), less a second: an event too many does no harm. If its reader
         dies, it ends at the next event only, so it gets an end, by the engine's clock, which may differ from this one's.
@@ -515,7 +520,8 @@ class _Stack:
         begin, end = ((start + datetime.timedelta(seconds=more)).isoformat() + since[19:] for more in (-1, _STREAM_LIFE))
         filters = ['--filter=event=' + event for event in ('create', 'die', 'destroy', 'pause', 'health_status')]
         command = ('docker', 'events', '--format={{.ID}}', '--since', begin, '--until', end, '--filter=type=container')
-        return _spawn((*command, self.filter, *filters), self.folder, subprocess.DEVNULL), end
+        _run((*command, self.filter, *filters), _STREAM_LIFE + 5, self.folder, self.flag, show=show)
+        return end
 
     def prepare(self) -> None:
         """Read the Compose files, and unpause what is paused, which `up` can't start. If this fails, there is nothing to undo."""
@@ -524,7 +530,7 @@ class _Stack:
 
     def start(self) -> None:
         """Bring the stack up, without a deadline, and learn the project's name: the Compose file may be broken at the end."""
-        self.compose('up', '--build', '--detach', more=lambda: math.inf, echo=True)
+        self.compose('up', '--build', '--detach', more=lambda: math.inf, show=_echo)
         self.observe()
 
     def stop(self) -> None:
@@ -764,7 +770,6 @@ class _Watch:
         self.turns: Any = {'docker': threading.Semaphore(16), 'compose': threading.Lock()}
         self.failures = 0  # repairs that failed
         self.outage: Optional[float] = None  # when Docker stopped to answer
-        self.stream: Optional[subprocess.Popen[bytes]] = None  # `docker events`, open or ended
 
     def close(self) -> None:
         """End what is under way."""
@@ -794,23 +799,19 @@ class _Watch:
 
     def follow_events(self) -> None:
         """Wake the watcher at each event until the flag is lowered, from one stream after the other."""
-        until, pause, over = '', 0.0, threading.Event()
+        until, over = '', threading.Event()
         with UP_FLAG.when_lowered(over.set):
-            while not over.wait(pause):
-                began, pause = self.clock(), min(self.settings.interval, _STREAM_LIFE / 2)
+            while not over.is_set():
+                began = self.clock()
                 with contextlib.suppress(_Cancelled, ComposeError, OSError, ValueError):  # for now, the interval will do
-                    self.stream, until = self.stack.open_events(until)
-                    with UP_FLAG.when_lowered(functools.partial(_kill, self.stream)), self.stream as stream:
-                        with selectors.DefaultSelector() as selector:
-                            key = selector.register(stream.stdout, selectors.EVENT_READ)  # type: ignore[arg-type]
-                            while selector.select(_STREAM_LIFE + 5) and os.read(key.fd, 1 << 16):
-                                self.woken = self.clock()
-                                self.wake.set()
-                        _kill(stream)  # silent for longer than it may live: it hangs
-                    if self.clock() - began < _STREAM_LIFE - 5:
-                        until = ''  # lost before its time: nobody knows what was missed
-                    else:
-                        pause = 0.0
+                    until = self.stack.follow_events(until, self.note_event)
+                if self.clock() - began < _STREAM_LIFE - 5:
+                    until = ''  # lost before its time: nobody knows what was missed
+                    over.wait(min(self.settings.interval, _STREAM_LIFE / 2))
+
+    def note_event(self, _: bytes) -> None:
+        self.woken = self.clock()
+        self.wake.set()
 
     def cycle(self) -> float:
         """Take one look and begin what is due; return the seconds until the next look is wanted."""
@@ -824,8 +825,6 @@ class _Watch:
                 self.known = ids
         except ComposeError as error:
             self.history = self.history._replace(since={})  # nothing is repaired on the strength of old knowledge
-            if self.stream is not None and self.stream.poll() is None:
-                _kill(self.stream)  # perhaps it hangs, too
             if self.outage is None:
                 self.outage = now
                 _warn('Docker does not answer; trying again every {:g} s: {}'.format(interval, error))

@@ -554,7 +554,7 @@ def test_command_is_cancelled_at_once_when_the_flag_is_lowered(docker):
 def test_echo_shows_everything_and_the_error_still_tells_the_reason(docker, capfd):
     docker.play(compose={'out': 'built\n', 'err': 'Error: no space\n', 'code': 17})
     with pytest.raises(ComposeError, match='exit code 17: Error: no space'):
-        run('docker', 'compose', echo=True)
+        run('docker', 'compose', show=bc._echo)
     assert sorted(capfd.readouterr().err.splitlines()) == ['Error: no space', 'built']
 
 
