@@ -640,7 +640,7 @@ class Action(NamedTuple):
 class History(NamedTuple):
     """What decide() needs to know of the past."""
 
-    since: Mapping[Tuple[Verb, str], float] = {}  # Action.key -> when that fault was first seen
+    since: Mapping[Tuple[Verb, str], float] = {}  # Action.key -> when a fault was first seen that is not being repaired yet
     streaks: Mapping[str, Streak] = {}  # Action.line -> its last repairs
 
 
@@ -839,9 +839,10 @@ class _Watch:
         for action in actions:
             if action.streak.repairs + 1 >= _LOOP and action.key not in self.history.since:
                 _warn(_describe_loop(action, now))
-        self.history = self.history._replace(since={action.key: action.since for action in actions})
+        waiting = [action for action in actions if action.due > now]
+        self.history = self.history._replace(since={action.key: action.since for action in waiting})
         for verb in Verb:
-            due = [action for action in actions if action.verb is verb and action.due <= now]
+            due = [action for action in actions if action.verb is verb and action not in waiting]
             for group in [due] if verb.tool == 'compose' else [[action] for action in due]:
                 self._begin(verb, group, now)
         status = '; '.join('{}: {}'.format(action.label, action.cause) for action in actions)
@@ -849,7 +850,7 @@ class _Watch:
         self.stack.notify('STATUS={}\nWATCHDOG=1'.format(status or '{} of {} running'.format(sum(running), len(running))))
         again = max(0.1 if self.repairs else 0.01, now - self.woken)  # a look slows a repair down
         wanted = [now + interval, now + again if recent else math.inf]
-        return min(wanted + [action.due for action in actions if action.due > now]) - self.clock()
+        return min(wanted + [action.due for action in waiting]) - self.clock()
 
     def _begin(self, verb: Verb, group: Sequence[Action], began: float) -> None:
         """Mend faults of one kind in a thread. Only for Compose are there several at once: it takes its time for each command."""
@@ -885,12 +886,10 @@ class _Watch:
                     self._record(verb, action, error, began)
 
     def _record(self, verb: Verb, action: Action, error: Optional[BaseException], began: float) -> None:
-        """Remember a repair: its fault is over, or begins anew, and the next one of this service may have to wait."""
-        since, streaks = dict(self.history.since), dict(self.history.streaks)
-        since.pop(action.key, None)
+        """Remember a repair: the next one of this service may have to wait."""
         if error is not None or action.verb not in (Verb.UNPAUSE, Verb.REMOVE) and action.cause != State.CREATED.value:
-            streaks[action.line] = Streak(action.streak.repairs + 1, action.streak.began, self.clock())
-        self.history = History(since, streaks)
+            streak = Streak(action.streak.repairs + 1, action.streak.began, self.clock())
+            self.history = self.history._replace(streaks={**self.history.streaks, action.line: streak})
         if error is not None:
             self.failures += 1
             logger.error('%s: %s, not %s: %s', action.label, action.cause, verb.done, error)
