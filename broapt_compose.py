@@ -67,7 +67,7 @@ _LOOP = 3  # repairs in a row from which on it is called a crash loop
 _DEFAULT_GRACE = 10.0  # seconds that Docker gives a container without a stop timeout of its own
 _AFTERMATH = 1.0  # seconds after an event in which to look again: Docker tells of a death before `docker ps` shows it
 _STREAM_LIFE = 55.0  # seconds of an event stream, so that none outlives its watcher by more than a minute
-_OUTPUT_LIMIT, _ERROR_LIMIT = 1 << 22, 1 << 16  # bytes of what a command writes; of more, the end is kept
+_OUTPUT_LIMIT = 1 << 22  # bytes of what a command writes, on each stream; of more, the end is kept
 _RESPAWN = 0.5  # seconds before a watcher process that died is started again
 
 
@@ -374,11 +374,11 @@ def _kill(process: 'subprocess.Popen[bytes]') -> None:
 
 
 def _run(command: Sequence[str], limit: float, folder: str, flag: Optional[UpFlag] = None,
-         more: Callable[[], float] = float, show: Optional[Callable[[bytes], Any]] = None) -> str:  # fmt: skip
+         more: Optional[Callable[[], float]] = None, show: Optional[Callable[[bytes], Any]] = None) -> str:  # fmt: skip
     """Return what *command* wrote to standard output; *show* gets all that it writes, as it comes.
 
-    After *limit* seconds, *more* tells how many it may have in addition (none: 0). Raises ComposeError if it can't be
-    started, fails or lasts longer, _Cancelled if *flag* is lowered.
+    After *limit* seconds, *more* tells how many it may have in addition. Raises ComposeError if it can't be started,
+    fails or lasts longer, _Cancelled if *flag* is lowered.
     """
     if flag is not None and not flag.value:
         raise _Cancelled
@@ -388,15 +388,14 @@ def _run(command: Sequence[str], limit: float, folder: str, flag: Optional[UpFla
         reason = 'command not found' if isinstance(error, FileNotFoundError) else getattr(error, 'strerror', None) or str(error)
         raise ComposeError(command, None, '', reason) from None
     buffers = {process.stdout: bytearray(), process.stderr: bytearray()}
-    code: Optional[int] = None
+    began, code = time.monotonic(), None
     try:
         on_flag = flag.when_lowered(functools.partial(_kill, process)) if flag else contextlib.ExitStack()
         with process.stdout, process.stderr, on_flag:
-            code = _collect(process, buffers, time.monotonic() + limit, show)
-            if code is None:
-                extra = more()
-                limit += extra
-                code = _collect(process, buffers, time.monotonic() + extra, show)
+            code = _collect(process, buffers, began + limit, show)
+            if code is None and more is not None:
+                limit += more()
+                code = _collect(process, buffers, began + limit, show)
     finally:
         if code is None:
             _kill(process)
@@ -423,7 +422,7 @@ def _collect(process: 'subprocess.Popen[bytes]', buffers: Mapping[Any, bytearray
                 elif show is not None:
                     show(chunk)
                 key.data.extend(chunk)
-                del key.data[: -(_OUTPUT_LIMIT if key.fileobj is process.stdout else _ERROR_LIMIT)]
+                del key.data[:-_OUTPUT_LIMIT]
             if not ready and process.poll() is not None:
                 break  # but a process that it left behind holds its pipes, as ssh's ControlPersist does
     with contextlib.suppress(subprocess.TimeoutExpired):
@@ -460,14 +459,14 @@ class _Stack:
 
     def docker(self, *arguments: str) -> str:
         """Return what `docker` printed; its deadline is the timeout, for stop and restart on top of the longest grace period."""
-        more = functools.partial(self.longest_grace, arguments[1:]) if arguments[0] in ('stop', 'restart') else float
+        more = functools.partial(self.longest_grace, arguments[1:]) if arguments[0] in ('stop', 'restart') else None
         return _run(('docker', *arguments), self.settings.timeout, self.folder, self.flag, more)
 
-    def compose(self, *arguments: str, more: Callable[[], float] = float, show: Optional[Callable[[bytes], Any]] = None) -> str:
+    def compose(self, *arguments: str, more: Optional[Callable[[], float]] = None, echo: bool = False) -> str:
         """Return what Compose printed; its deadline is the timeout and *more* seconds."""
         files = [part for file in self.settings.docker_compose for part in ('--file', file)]
         command = (*self.settings.compose_command, *files, *arguments)
-        return _run(command, self.settings.timeout, self.folder, self.flag, more, show)
+        return _run(command, self.settings.timeout, self.folder, self.flag, more, _echo if echo else None)
 
     def observe(self) -> List[Container]:
         """Return all containers of the project but one-offs, newest first. The only reader; one command."""
@@ -530,7 +529,7 @@ class _Stack:
 
     def start(self) -> None:
         """Bring the stack up, without a deadline, and learn the project's name: the Compose file may be broken at the end."""
-        self.compose('up', '--build', '--detach', more=lambda: math.inf, show=_echo)
+        self.compose('up', '--build', '--detach', more=lambda: math.inf, echo=True)
         self.observe()
 
     def stop(self) -> None:

@@ -525,7 +525,7 @@ def test_flood_on_standard_error_is_read_but_not_kept(docker):
     docker.play(ps={'flood': 100, 'err': 'the end', 'code': 3})
     with pytest.raises(ComposeError) as caught:
         run('docker', 'ps')
-    assert len(caught.value.stderr) == bc._ERROR_LIMIT and caught.value.stderr.endswith('the end')
+    assert len(caught.value.stderr) == bc._OUTPUT_LIMIT and caught.value.stderr.endswith('the end')
 
 
 def test_endless_output_is_read_until_the_deadline_but_not_kept(docker):
