@@ -278,11 +278,11 @@ def _parse_containers(text: str) -> List[Container]:
     containers = []
     for line in text.splitlines():
         ident, name, state, status, watch, service, number, oneoff, folder = json.loads(line)
-        code, since, health = (_STATUS.fullmatch(status) or re.fullmatch('()()()', '')).groups()  # type: ignore[union-attr]
-        record = Container(ident, name, service, number, State(state), int(code) if code else None, health or '', since,
-                           watch.lower() != 'false', folder)  # fmt: skip
+        found = _STATUS.fullmatch(status)  # none in states that have no time, such as Created
+        code, since, health = found.groups('') if found else ('', '', '')
         if oneoff != 'True':  # made by `compose run`: somebody's own business
-            containers.append(record)
+            containers.append(Container(ident, name, service, number, State(state), int(code) if code else None, health, since,
+                                        watch.lower() != 'false', folder))  # fmt: skip
     return containers
 
 
@@ -1106,6 +1106,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         if command == 'run':
             return _run_until_signal(settings)
         stack = _Stack(settings)
+        stack.read_services()
         code = _status(stack, as_json) if command == 'status' else _explain(stack) if dry_run else _check(stack)
         print(end='', flush=True)
         return code
@@ -1182,7 +1183,6 @@ def _notify(text: str) -> None:
 
 def _check(stack: _Stack) -> int:
     """Repair what is wrong, once it has settled; return 1 if that failed."""
-    stack.read_services()
     watch = _Watch(stack)
     with contextlib.closing(watch):
         watch.cycle()
@@ -1198,7 +1198,6 @@ def _check(stack: _Stack) -> int:
 
 def _explain(stack: _Stack) -> int:
     """Print for each container what would be done, and why."""
-    stack.read_services()
     containers = stack.observe()
     actions = decide(containers, stack.services, 0.0, History(), stack.settings)
     for container in containers:
@@ -1215,7 +1214,6 @@ def _explain(stack: _Stack) -> int:
 
 def _status(stack: _Stack, as_json: bool) -> int:
     """Print a row for each container and for each service that lacks one; return 1 if one is not as it should be."""
-    stack.read_services()
     containers, services = stack.observe(), stack.services
     rows: List[Dict[str, Any]] = []
     for name, cause in _find_missing(containers, services):
