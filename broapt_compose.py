@@ -50,7 +50,7 @@ import sys
 import threading
 import time
 import warnings
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, ContextManager, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 __version__ = '1.0.0'
 __all__ = [
@@ -975,15 +975,13 @@ def watch_container(settings: Optional[Settings] = None) -> None:
     _Watch(_Stack(settings)).run()
 
 
-@contextlib.contextmanager
-def docker_compose(settings: Optional[Settings] = None) -> Iterator[UpFlag]:
+def docker_compose(settings: Optional[Settings] = None) -> ContextManager[UpFlag]:
     """Return a context manager: inside, the stack is up and watched; at the end it is stopped and cleaned up.
 
-    It gives UP_FLAG. Entering raises ComposeError if the stack can't be started (all is undone then), ValueError for a
-    bad setting. What the body raises comes out again after the clean-up, which no further signal interrupts.
+    It gives UP_FLAG. Entering raises ComposeError if the stack can't be started (all is undone then); a bad setting is a
+    ValueError. What the body raises comes out again after the clean-up, which no further signal interrupts.
     """
-    with _supervise(_Stack(settings)) as flag:
-        yield flag
+    return _supervise(_Stack(settings))
 
 
 @contextlib.contextmanager
