@@ -1123,8 +1123,7 @@ def _parse_arguments(argv: Optional[Sequence[str]]) -> Dict[str, Any]:
             self.exit(2, '{}: {}; --help lists what is accepted\n'.format(self.prog, message))
 
     table = {field.lower(): texts for field, *texts in re.findall('BROAPT_(\\w+) +(.+?)  +(.+)', __doc__ or '')}
-    # Python 3.6 and 3.7 don't understand -i5 if they must not abbreviate.
-    parser = Parser('broapt_compose', description=(__doc__ or '').split('\n')[0], allow_abbrev=sys.version_info < (3, 8),
+    parser = Parser('broapt_compose', description=(__doc__ or '').split('\n')[0],
                     epilog='Every setting can also come from the environment, for example BROAPT_INTERVAL.')  # fmt: skip
     commands = 'run: up, watch, stop at the signal (default); check: look once, and repair; status: a table'
     parser.add_argument('command', nargs='?', choices=('run', 'check', 'status'), default='run', help=commands)
