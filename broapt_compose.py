@@ -734,19 +734,13 @@ class _Task(threading.Thread):
     """A thread that keeps what its function raises; concurrent.futures would refuse once the host's main thread has ended."""
 
     def __init__(self, wake: threading.Event, function: Callable[..., Any], *arguments: Any) -> None:
-        super().__init__(daemon=True)
-        self.wake, self.call, self.ended = wake, functools.partial(function, *arguments), False
+        super().__init__(target=function, args=arguments, daemon=True)
+        self.wake, self.ended = wake, False
         self.error: Optional[Exception] = None
-
-    def start(self) -> None:
-        try:
-            super().start()
-        except RuntimeError:  # no thread to be had, as in Python 3.12 once the main thread has ended: then in this one
-            self.run()
 
     def run(self) -> None:
         try:
-            self.call()
+            super().run()
         except Exception as error:
             self.error = error
         finally:
@@ -855,7 +849,10 @@ class _Watch:
         """Mend faults of one kind in a thread. Only for Compose are there several at once: it takes its time for each command."""
         if group:
             task = _Task(self.wake, self._mend, verb, sorted({action.target(verb) for action in group}))
-            task.start()
+            try:
+                task.start()
+            except RuntimeError:  # no thread to be had, as in Python 3.12 once the main thread has ended: then in this one
+                task.run()
             self.repairs.append((task, verb, group, began))
 
     def _mend(self, verb: Verb, targets: Sequence[str]) -> None:
