@@ -561,7 +561,7 @@ class _Stack:
     def apply(self, command: str, states: Iterable[State], containers: Containers) -> None:
         """Run a command on what is in these states, except a stack of another folder with the same project name."""
         folders = {c.folder for c in containers if c.service in self.services or not self.services}
-        ids = [c.id for c in containers if c.state in states and (c.service in self.services or c.folder in folders)]
+        ids = [c.id for c in containers if c.state in states and c.folder in folders]
         if ids:
             self.docker(*command.split(), *ids)
 
