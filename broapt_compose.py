@@ -130,7 +130,7 @@ def _parse_files(value: Any) -> Tuple[str, ...]:
 
 
 def _parse_seconds(value: Any, least: float = 0.0) -> float:
-    if not least <= float(value) < math.inf:
+    if not least <= float(value) <= threading.TIMEOUT_MAX:
         raise ValueError
     return float(value)
 
@@ -785,7 +785,7 @@ class _Watch:
                     pass
                 except Exception:
                     logger.exception('unexpected error; the next check is in %g s', timeout)
-                self.wake.wait(min(timeout, threading.TIMEOUT_MAX))
+                self.wake.wait(timeout)
                 self.wake.clear()
         if follower.ident:
             follower.join()
@@ -1181,7 +1181,7 @@ def _check(stack: _Stack) -> int:
     with contextlib.closing(watch):
         watch.cycle()
         if watch.history.since:
-            threading.Event().wait(min(stack.settings.settle, threading.TIMEOUT_MAX))
+            threading.Event().wait(stack.settings.settle)
             watch.cycle()
         while watch.repairs:
             watch.wake.wait(1.0)
