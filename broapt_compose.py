@@ -1013,16 +1013,17 @@ def _supervise(stack: _Stack) -> Iterator[UpFlag]:
                 _Signals.deaf_until = math.inf  # from here on, further signals are only noted
         finally:  # nested, for a signal may come before that
             with _handling(signals):  # again: the body may have changed the handlers, as asyncio does
-                logger.info('stopping the stack')
-                stack.notify('STOPPING=1')
-                UP_FLAG.value = False
-                for thread in [thread for thread in (start, watcher) if thread.ident is not None]:
-                    thread.join(10)  # it ends at once, except in a host that is just being torn down
-                _stop(stack, failed)
+                _end(stack, [start, watcher], failed)
             _Signals.deaf_until = 0.0
 
 
-def _stop(stack: _Stack, failed: bool) -> None:
+def _end(stack: _Stack, threads: Sequence[threading.Thread], failed: bool) -> None:
+    logger.info('stopping the stack')
+    stack.notify('STOPPING=1')
+    UP_FLAG.value = False
+    for thread in threads:
+        if thread.is_alive():
+            thread.join(10)  # it ends at once, except in a host that is just being torn down
     try:
         stack.stop()
     except ComposeError as error:
