@@ -192,7 +192,8 @@ class Settings(NamedTuple):
                 'const.' + field.upper(): getattr(const, field.upper(), None) if field in cls._fields[:3] else None,
                 'BROAPT_' + field.upper(): os.environ.get('BROAPT_' + field.upper()) or None,
             }
-            for source, value in [(source, value) for source, value in sources.items() if value is not None][:1]:
+            source, value = next((item for item in sources.items() if item[1] is not None), ('', None))
+            if value is not None:
                 try:
                     values[field] = parse(value)
                 except (OSError, ValueError, TypeError, KeyError, OverflowError) as error:
