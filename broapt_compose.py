@@ -684,8 +684,10 @@ def _find_verb(container: Container, own: Containers, services: Services, settin
     """Return what has to be done about this container; None: nothing, or not yet."""
     state, network_of = container.state, services[container.service].network_of
     owner = next((c for c in reversed(own) if c.service == network_of), None)
-    if state in (State.PAUSED, State.DEAD):
-        return Verb.UNPAUSE if state is State.PAUSED else Verb.REMOVE
+    if state is State.PAUSED:
+        return Verb.UNPAUSE
+    if state is State.DEAD:
+        return Verb.REMOVE
     if state in (State.RESTARTING, State.REMOVING) or _is_being_replaced(container, own):
         return None  # Docker, or somebody, is at it
     if network_of and (owner is None or owner.state is not State.RUNNING):
