@@ -65,9 +65,9 @@ _STEADY = 10.0  # seconds of running that end a crash loop, as in Docker's own r
 _LONGEST_DELAY = 300.0  # seconds between two repairs in a crash loop
 _LOOP = 3  # repairs in a row from which on it is called a crash loop
 _DEFAULT_GRACE = 10.0  # seconds that Docker gives a container without a stop timeout of its own
-_AFTERMATH = 1.0  # seconds after an event in which to look again: Docker tells of a death before `docker ps` shows it
+_AFTERMATH = 5.0  # seconds after an event in which to look again: Docker tells of a death before `docker ps` shows it
 _STREAM_LIFE = 55.0  # seconds of an event stream, so that none outlives its watcher by more than a minute
-_OUTPUT_LIMIT = 1 << 22  # bytes of what a command writes, on each stream; of more, the end is kept
+_OUTPUT_LIMIT, _ERROR_LIMIT = 1 << 22, 1 << 16  # bytes of what a command writes; of more, the end is kept
 _RESPAWN = 0.5  # seconds before a watcher process that died is started again
 
 
@@ -414,8 +414,9 @@ def _collect(process: 'subprocess.Popen[bytes]', buffers: Mapping[Any, bytearray
     with selectors.DefaultSelector() as selector:
         for pipe, buffer in buffers.items():
             selector.register(pipe, selectors.EVENT_READ, buffer)
+        patience = 0.5
         while selector.get_map() and time.monotonic() < end:
-            ready = selector.select(min(end - time.monotonic(), 0.5))
+            ready = selector.select(min(end - time.monotonic(), patience))
             for key, _ in ready:
                 chunk = os.read(key.fd, 1 << 16)
                 if not chunk:
@@ -423,9 +424,10 @@ def _collect(process: 'subprocess.Popen[bytes]', buffers: Mapping[Any, bytearray
                 elif show is not None:
                     show(chunk)
                 key.data.extend(chunk)
-                del key.data[:-_OUTPUT_LIMIT]
+                del key.data[: -(_OUTPUT_LIMIT if key.fileobj is process.stdout else _ERROR_LIMIT)]
             if not ready and process.poll() is not None:
                 break  # but a process that it left behind holds its pipes, as ssh's ControlPersist does
+            patience = 0.5 if ready else 2 * patience
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(max(0.01, end - time.monotonic()))
     return process.returncode
@@ -530,7 +532,11 @@ class _Stack:
 
     def start(self) -> None:
         """Bring the stack up, without a deadline, and learn the project's name: the Compose file may be broken at the end."""
-        self.compose('up', '--build', '--detach', more=lambda: math.inf, echo=True)
+        try:
+            self.compose('up', '--build', '--detach', more=lambda: math.inf, echo=True)
+        except _Cancelled:
+            threading.Event().wait(1.0)  # the engine still ends what it was asked for, such as a network
+            raise
         self.observe()
 
     def stop(self) -> None:
@@ -573,15 +579,20 @@ class _Stack:
         elif self.settings.prune is Prune.PROJECT and not self.project:
             self.compose('down')  # a start that failed before the first container may have left a network
         elif self.settings.prune is Prune.PROJECT:
-            with contextlib.suppress(ComposeError):  # perhaps somebody else removes them, too
-                self.apply('rm --force --volumes', State, containers)
-            self.apply('rm --force --volumes', State, self.observe())  # the engine may just have finished a cancelled `up`
-            networks = self.docker('network', 'ls', '--quiet', self.filter).split()
-            if networks:
-                self.docker('network', 'rm', *networks)
-            # Only Compose 2.x labels the images it builds. One that is in use stays: hence prune, not rm.
-            if self.docker('image', 'ls', '--quiet', '--filter=dangling=true', self.filter):
-                self.docker('image', 'prune', '--force', self.filter)
+            try:
+                self.remove(containers)
+            except ComposeError:  # perhaps somebody else removes it all, too
+                self.remove(self.observe())
+
+    def remove(self, containers: Containers) -> None:
+        """Delete these containers, then the project's dangling images and its networks."""
+        self.apply('rm --force --volumes', State, containers)
+        # Only Compose 2.x labels the images it builds. One that is in use stays: hence prune, not rm.
+        if self.docker('image', 'ls', '--quiet', '--filter=dangling=true', self.filter):
+            self.docker('image', 'prune', '--force', self.filter)
+        networks = self.docker('network', 'ls', '--quiet', self.filter).split()
+        if networks:
+            self.docker('network', 'rm', *networks)
 
 
 # -- decide ----------------------------------------------------------------------------------------------------------
@@ -905,8 +916,8 @@ def _describe_loop(action: Action, now: float) -> str:
     return text.format(action.label, action.cause, ordinal, now - began, action.due - now)
 
 
-def _watch_in_process(stack: _Stack) -> None:
-    """Keep a watcher process running while the flag is up."""
+def _watch_in_process(stack: _Stack, begun: threading.Event) -> None:
+    """Keep a watcher process running while the flag is up; set *begun* once there is the first."""
     import multiprocessing.connection
 
     lowered, stack.flag = threading.Event(), None
@@ -917,10 +928,12 @@ def _watch_in_process(stack: _Stack) -> None:
             with contextlib.closing(theirs), contextlib.closing(ours), UP_FLAG.when_lowered(ours.close):
                 try:
                     process.start()
+                    begun.set()
                     multiprocessing.connection.wait([process.sentinel, theirs])
                 except (OSError, AssertionError, RuntimeError) as error:  # such as: daemonic processes can't have children
                     if not lowered.is_set():
                         _warn('no watcher process can be started ({}); watching in a thread'.format(error))
+                    begun.set()
                     return _Watch(stack).run()
             process.join(2)
             if process.pid and process.exitcode is None:
@@ -992,9 +1005,10 @@ def _supervise(stack: _Stack) -> Iterator[UpFlag]:
     UP_FLAG.value = True
     stack.prepare()
     stack.flag, failed = UP_FLAG, True
-    started = threading.Event()
+    started, begun = threading.Event(), threading.Event()
     start = _Task(started, stack.start)  # in a thread: here, a signal that comes while it starts a process would lose it
-    watch = functools.partial(_watch_in_process, stack) if stack.settings.watcher is Watcher.PROCESS else _Watch(stack).run
+    in_process = stack.settings.watcher is Watcher.PROCESS
+    watch = functools.partial(_watch_in_process, stack, begun) if in_process else _Watch(stack).run
     watcher = threading.Thread(target=watch, name='broapt-watchdog', daemon=True)
     signals = (int(signal.SIGINT), stack.settings.kill_signal)
     _Signals.number, _Signals.deaf_until = stack.settings.kill_signal, 0.0
@@ -1007,6 +1021,8 @@ def _supervise(stack: _Stack) -> Iterator[UpFlag]:
                 if start.error is not None:
                     raise start.error
                 watcher.start()
+                while in_process and watcher.is_alive() and not begun.wait(0.1):
+                    pass  # a fork amid the body's own subprocesses would hold their pipes open
                 stack.notify('READY=1')
                 yield UP_FLAG
                 failed = False

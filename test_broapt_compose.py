@@ -7,6 +7,7 @@ import datetime
 import http.client
 import importlib.util
 import json
+import multiprocessing
 import os
 import pathlib
 import random
@@ -126,6 +127,9 @@ for words, play in script:
         break
 else:
     play = {{}}
+if play.get('once'):
+    with open(os.path.join(here, 'script.json'), 'w') as file:
+        json.dump([entry for entry in script if entry[1] is not play], file)
 if play.get('child'):  # it holds the pipes and ignores what happens to its parent
     child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])
     with open(os.path.join(here, 'child'), 'w') as file:
@@ -525,7 +529,7 @@ def test_flood_on_standard_error_is_read_but_not_kept(docker):
     docker.play(ps={'flood': 100, 'err': 'the end', 'code': 3})
     with pytest.raises(ComposeError) as caught:
         run('docker', 'ps')
-    assert len(caught.value.stderr) == bc._OUTPUT_LIMIT and caught.value.stderr.endswith('the end')
+    assert len(caught.value.stderr) == bc._ERROR_LIMIT and caught.value.stderr.endswith('the end')
 
 
 def test_endless_output_is_read_until_the_deadline_but_not_kept(docker):
@@ -1011,7 +1015,7 @@ def test_after_an_event_it_looks_again_soon_for_the_engine_tells_of_a_death_befo
         while not pauses or pauses[-1] < 60:
             pauses.append(w.cycle())
             clock.now += pauses[-1]
-        assert [round(pause, 2) for pause in pauses[:-1]] == [0.01, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64]
+        assert [round(pause, 2) for pause in pauses[:-1]] == [0.01, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56]
         clock.now = w.woken + 0.5
         play_stack(docker, [SIDE, line('core', 'exited', 'Exited (1) 1 second ago')], PLAIN)
         w.cycle()
@@ -1198,6 +1202,16 @@ def test_failed_clean_up_is_a_warning(docker):
         bc.stop_container(FAST)
 
 
+@pytest.mark.parametrize('once', [{'rm': 'No such container'}, {'network_rm': 'network net1 not found'}])
+def test_clean_up_is_tried_again_for_somebody_else_may_have_removed_it(docker, caplog, once):
+    plays = {command: {'code': 1, 'err': reason, 'once': True} for command, reason in once.items()}
+    play_stack(docker, [SIDE], PLAIN, network_ls={'out': 'net1\n', 'once': 'network_rm' in once}, **plays)
+    bc.stop_container(FAST)
+    assert caplog.messages == []
+    assert docker.calls().count(['rm', '--force', '--volumes', 'side1']) == 2
+    assert docker.calls().count(['network', 'rm', 'net1']) == 1
+
+
 @pytest.mark.parametrize('prune, last', [('system', ['system', 'prune', '--volumes', '--force']), ('none', ['stop', 'side1'])])
 def test_other_clean_ups(docker, prune, last):
     play_stack(docker, [SIDE], PLAIN)
@@ -1325,6 +1339,29 @@ def test_failed_start_is_undone_and_its_error_comes_out(docker):
         with bc.docker_compose(FAST._replace(prune=bc.Prune.NONE)):
             raise AssertionError('entered')
     assert ['compose', 'stop'] in docker_ps() and not bc.UP_FLAG.value
+
+
+def test_what_the_engine_ends_only_after_its_start_was_cancelled_is_removed_too(docker):
+    docker.play(compose_up={'hang': True}, compose_config={'out': PLAIN})
+
+    def lower():
+        assert eventually(lambda: ['compose', 'up', '--build', '--detach'] in docker.calls())
+        bc.UP_FLAG.value = False
+        threading.Event().wait(0.3)
+        play_stack(docker, [SIDE], PLAIN)
+
+    lowering = threading.Thread(target=lower)
+    lowering.start()
+    with pytest.raises(ComposeError, match='the flag was lowered'), bc.docker_compose(FAST):
+        raise AssertionError('entered')
+    lowering.join()
+    assert ['rm', '--force', '--volumes', 'side1'] in docker.calls()
+
+
+def test_watcher_process_is_there_before_the_body_begins(docker):
+    play_stack(docker, [SIDE], 'services: {side: {image: busybox}}')
+    with bc.docker_compose(FAST._replace(watcher=bc.Watcher.PROCESS)):
+        assert len(multiprocessing.active_children()) == 1
 
 
 def test_what_the_body_raises_comes_out_even_if_the_stop_fails(docker):
