@@ -674,10 +674,8 @@ def decide(containers: Containers, services: Services, now: float, history: Hist
 
 def _find_faults(own: Containers, services: Services, settings: Settings) -> Iterator[Action]:
     for container in own:
-        verb = _find_verb(container, own, services, settings)
+        verb, cause = _find_verb(container, own, services, settings)
         if verb and container.watched and services[container.service].watched:
-            lost = verb is Verb.RECREATE or verb is Verb.RESTART and container.health != 'unhealthy'
-            cause = 'its network is gone' if lost else container.condition
             yield Action(verb, container.service, container.id, container.label, cause)
     for name, cause in _find_missing(own, services):
         if services[name].watched and _may_begin(name, own, services):
@@ -691,27 +689,27 @@ def _find_missing(own: Containers, services: Services) -> Iterator[Tuple[str, st
             yield name, 'missing' if service.scale == 1 else '{} of {} missing'.format(missing, service.scale)
 
 
-def _find_verb(container: Container, own: Containers, services: Services, settings: Settings) -> Optional[Verb]:
-    """Return what has to be done about this container; None: nothing, or not yet."""
-    state, network_of = container.state, services[container.service].network_of
+def _find_verb(container: Container, own: Containers, services: Services, settings: Settings) -> Tuple[Optional[Verb], str]:
+    """Return what has to be done about this container, and why; None: nothing, or not yet."""
+    state, cause, network_of = container.state, container.condition, services[container.service].network_of
     owner = next((c for c in reversed(own) if c.service == network_of), None)
     if state is State.PAUSED:
-        return Verb.UNPAUSE
+        return Verb.UNPAUSE, cause
     if state is State.DEAD:
-        return Verb.REMOVE
+        return Verb.REMOVE, cause
     if state in (State.RESTARTING, State.REMOVING) or _is_being_replaced(container, own):
-        return None  # Docker, or somebody, is at it
+        return None, 'Docker, or somebody, is at it'
     if network_of and (owner is None or owner.state is not State.RUNNING):
-        return None  # it can't run before that one does
+        return None, 'it cannot run before the one whose network it uses'
     if owner and own.index(owner) < own.index(container):
-        return Verb.RECREATE  # it was made for the network of an older one
+        return Verb.RECREATE, 'its network is gone'  # it was made for the network of an older one
     if state is State.RUNNING and owner and owner.age < container.age:
-        return Verb.RESTART  # a container that is started anew gets a new network; who shares the old one is cut off
+        return Verb.RESTART, 'its network is gone'  # a container that is started anew gets a new network
     if state is State.RUNNING:
-        return Verb.RESTART if container.health == 'unhealthy' and settings.unhealthy is Unhealthy.RESTART else None
+        return Verb.RESTART if container.health == 'unhealthy' and settings.unhealthy is Unhealthy.RESTART else None, cause
     if state is State.CREATED and not _may_begin(container.service, own, services):
-        return None
-    return None if _has_done_its_job(container, services) else Verb.START
+        return None, 'what it depends on is not there yet'
+    return None if _has_done_its_job(container, services) else Verb.START, cause
 
 
 def _has_done_its_job(container: Container, services: Services) -> bool:
@@ -786,9 +784,9 @@ class _Watch:
 
     def run(self) -> None:
         """Watch until the flag is lowered."""
-        follower = threading.Thread(target=self.follow_events, daemon=True)
-        with UP_FLAG.when_lowered(self.wake.set), contextlib.closing(self):
-            while UP_FLAG.value:
+        follower, over = threading.Thread(target=self.follow_events, daemon=True), threading.Event()
+        with UP_FLAG.when_lowered(over.set), UP_FLAG.when_lowered(self.wake.set), contextlib.closing(self):
+            while not over.is_set():
                 timeout = self.settings.interval
                 try:
                     timeout = self.cycle()
