@@ -837,8 +837,8 @@ class _Watch:
         if self.outage is not None:
             logger.info('Docker answers again, after %.0f s', now - self.outage)
             self.outage = None
-        recent = now - self.woken < _AFTERMATH
-        actions = decide(containers, self.stack.services, self.woken if recent else now, self.history, self.settings)
+        ago = now - self.woken  # a new fault began with the last event, if that came just now
+        actions = decide(containers, self.stack.services, self.woken if ago < 1.0 else now, self.history, self.settings)
         busy = {action.service for _, _, group, _ in self.repairs for action in group}
         actions = [action for action in actions if action.service not in busy]
         for action in actions:
@@ -853,9 +853,10 @@ class _Watch:
         status = '; '.join('{}: {}'.format(action.label, action.cause) for action in actions)
         running = [c.state is State.RUNNING for c in containers if c.service in self.stack.services]
         self.stack.notify('STATUS={}\nWATCHDOG=1'.format(status or '{} of {} running'.format(sum(running), len(running))))
-        again = max(0.1 if self.repairs else 0.01, now - self.woken)  # a look slows a repair down
-        wanted = [now + interval, now + again if recent else math.inf]
-        return min(wanted + [action.due for action in waiting]) - self.clock()
+        wanted = [now + interval, *(action.due for action in waiting)]
+        if ago < _AFTERMATH:
+            wanted.append(now + max(0.1 if self.repairs else 0.01, ago))  # a look slows a repair down
+        return min(wanted) - self.clock()
 
     def _begin(self, verb: Verb, group: Sequence[Action], began: float) -> None:
         """Mend faults of one kind in a thread. Only for Compose are there several at once: it takes its time for each command."""
