@@ -751,6 +751,7 @@ class _Task(threading.Thread):
         self.error: Optional[Exception] = None
 
     def run(self) -> None:
+        """Call the function, then set *wake*."""
         try:
             super().run()
         except Exception as error:
@@ -815,6 +816,7 @@ class _Watch:
                     over.wait(min(self.settings.interval, _STREAM_LIFE / 2))
 
     def note_event(self, _: bytes) -> None:
+        """Have the watcher look, for whatever this event tells."""
         self.woken = self.clock()
         self.wake.set()
 
@@ -1136,6 +1138,7 @@ def _parse_arguments(argv: Optional[Sequence[str]]) -> Dict[str, Any]:
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> Any:
+            """Exit with 2 and one line, without argparse's usage."""
             self.exit(2, '{}: {}; --help lists what is accepted\n'.format(self.prog, message))
 
     table = {field.lower(): texts for field, *texts in re.findall('BROAPT_(\\w+) +(.+?)  +(.+)', __doc__ or '')}
