@@ -1023,6 +1023,12 @@ def test_after_an_event_it_looks_again_soon_for_the_engine_tells_of_a_death_befo
         play_stack(docker, [SIDE, line('core', 'exited', 'Exited (1) 1 second ago')], PLAIN)
         w.cycle()
         assert w.history.since == {(Verb.START, 'core1'): w.woken}, 'the fault began with the event'
+        play_stack(docker, lines, PLAIN)
+        w.cycle()
+        clock.now = w.woken + 2
+        play_stack(docker, [SIDE, line('core', 'exited', 'Exited (1) 1 second ago')], PLAIN)
+        w.cycle()
+        assert w.history.since == {(Verb.START, 'core1'): clock.now}, 'not with an event of long ago: it has to settle'
 
 
 def test_lowered_flag_ends_the_watcher_at_once_with_an_interval_of_an_hour(docker):
@@ -1066,6 +1072,20 @@ def test_interrupted_watch_container_leaves_no_thread_and_no_command(docker):
 
 
 # -- the flag --------------------------------------------------------------------------------------------------------
+
+
+def test_flag_that_is_raised_again_at_once_has_ended_the_watcher_all_the_same(docker):
+    play_stack(docker, [SIDE], 'services: {side: {image: busybox}}')
+
+    def toggle(_):
+        bc.UP_FLAG.value = False
+        bc.UP_FLAG.value = True
+
+    thread = threading.Thread(target=bc._Watch(bc._Stack(FAST, toggle)).run)
+    thread.start()
+    thread.join(20)
+    alive, bc.UP_FLAG.value = thread.is_alive(), False
+    assert not alive
 
 
 def test_flag_is_an_event_that_is_up_at_import_and_has_a_value():
@@ -1215,6 +1235,15 @@ def test_clean_up_is_tried_again_for_somebody_else_may_have_removed_it(docker, c
     assert docker.calls().count(['network', 'rm', 'net1']) == 1
 
 
+def test_dangling_images_are_deleted_although_a_network_cannot_be(docker):
+    play_stack(
+        docker, [SIDE], PLAIN, network_ls={'out': 'net1\n'}, network_rm={'code': 1, 'err': 'in use'}, image_ls={'out': 'abc\n'}
+    )
+    with pytest.warns(ComposeWarning, match='the clean-up failed: docker network rm net1'):
+        bc.stop_container(FAST)
+    assert ['image', 'prune', '--force', '--filter=label=com.docker.compose.project=shop'] in docker.calls()
+
+
 @pytest.mark.parametrize('prune, last', [('system', ['system', 'prune', '--volumes', '--force']), ('none', ['stop', 'side1'])])
 def test_other_clean_ups(docker, prune, last):
     play_stack(docker, [SIDE], PLAIN)
@@ -1240,6 +1269,13 @@ def test_stop_timeout_of_a_container_is_asked_for_only_when_the_time_is_up(docke
     docker.play()
     stack.docker(command, 'core1')
     assert docker.calls() == [[command, 'core1'], *asked, [command, 'core1']]
+
+
+def test_time_that_the_question_for_the_stop_timeout_takes_counts(docker, monkeypatch):
+    monkeypatch.setattr(bc, '_DEFAULT_GRACE', 3.0)
+    docker.play(stop={'seconds': 6}, inspect={'hang': True})  # of the five seconds from the beginning, inspect takes two
+    with pytest.raises(ComposeError, match='docker stop core1: no answer within 5 s'):
+        bc._Stack(FAST._replace(timeout=2)).docker('stop', 'core1')
 
 
 def test_grace_period_counts_although_a_container_cannot_be_unpaused(docker, caplog):
