@@ -114,8 +114,8 @@ version: '3.9'
 # -- fakes and builders ----------------------------------------------------------------------------------------------
 
 DOCKER = """\
-#!{python}
-import json, os, subprocess, sys, time
+#!{python} -IS
+import json, os, sys, time
 here = os.path.dirname(os.path.abspath(__file__))
 arguments = sys.argv[1:]
 with open(os.path.join(here, 'calls'), 'a') as file:
@@ -131,6 +131,7 @@ if play.get('once'):
     with open(os.path.join(here, 'script.json'), 'w') as file:
         json.dump([entry for entry in script if entry[1] is not play], file)
 if play.get('child'):  # it holds the pipes and ignores what happens to its parent
+    import subprocess
     child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])
     with open(os.path.join(here, 'child'), 'w') as file:
         file.write(str(child.pid))
@@ -1260,9 +1261,9 @@ def test_longest_stop_grace_period_comes_on_top_of_the_timeout(docker):
 
 @pytest.mark.parametrize('command, grace', [('stop', 30), ('restart', 30), ('start', 0)])
 def test_stop_timeout_of_a_container_is_asked_for_only_when_the_time_is_up(docker, command, grace):
-    docker.play(inspect={'out': '30\n'}, **{command: {'seconds': 3}})
-    stack = bc._Stack(FAST._replace(timeout=2))
-    with contextlib.ExitStack() if grace else pytest.raises(ComposeError, match='no answer within 2 s'):
+    docker.play(inspect={'out': '30\n'}, **{command: {'seconds': 1.5}})
+    stack = bc._Stack(FAST._replace(timeout=1))
+    with contextlib.ExitStack() if grace else pytest.raises(ComposeError, match='no answer within 1 s'):
         stack.docker(command, 'core1')
     asked = [['inspect', '--format', '{{json .Config.StopTimeout}}', 'core1']] if grace else []
     assert docker.calls() == [[command, 'core1'], *asked]
@@ -1272,16 +1273,16 @@ def test_stop_timeout_of_a_container_is_asked_for_only_when_the_time_is_up(docke
 
 
 def test_time_that_the_question_for_the_stop_timeout_takes_counts(docker, monkeypatch):
-    monkeypatch.setattr(bc, '_DEFAULT_GRACE', 3.0)
-    docker.play(stop={'seconds': 6}, inspect={'hang': True})  # of the five seconds from the beginning, inspect takes two
-    with pytest.raises(ComposeError, match='docker stop core1: no answer within 5 s'):
-        bc._Stack(FAST._replace(timeout=2)).docker('stop', 'core1')
+    monkeypatch.setattr(bc, '_DEFAULT_GRACE', 1.5)
+    docker.play(stop={'seconds': 3}, inspect={'hang': True})  # of the 2.5 seconds from the beginning, inspect takes one
+    with pytest.raises(ComposeError, match='docker stop core1: no answer within 2.5 s'):
+        bc._Stack(FAST._replace(timeout=1)).docker('stop', 'core1')
 
 
 def test_grace_period_counts_although_a_container_cannot_be_unpaused(docker, caplog):
     lines = [line('core', 'paused', 'Up 2 minutes (Paused)'), SIDE]
-    play_stack(docker, lines, PLAIN, unpause={'code': 1, 'err': 'gone'}, inspect={'out': '30\n'}, compose_stop={'seconds': 5})
-    bc.stop_container(FAST._replace(timeout=4))
+    play_stack(docker, lines, PLAIN, unpause={'code': 1, 'err': 'gone'}, inspect={'out': '30\n'}, compose_stop={'seconds': 2.5})
+    bc.stop_container(FAST._replace(timeout=2))
     assert caplog.messages == ['docker unpause core1: exit code 1: gone; stopping the stack nevertheless']
 
 
