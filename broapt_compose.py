@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Docker watchdog: bring a Docker Compose stack up, keep it up, and stop it at the end.
 
-As a library, in a host such as BroAPT's daemon (which has a copy of this one file, named ``compose.py``)::
+As a library, in a host such as BroAPT's daemon (which has a copy of this file, ``compose.py``)::
 
     from broapt_compose import docker_compose, register
 
@@ -11,52 +11,71 @@ As a library, in a host such as BroAPT's daemon (which has a copy of this one fi
         app.run()                    # Flask's own server, until the signal
     # stack stopped and cleaned up
 
-From the command line: ``python -m broapt_compose [run | check | status] [OPTIONS]``; ``--help`` lists the options.
+From the command line: ``python -m broapt_compose [run | check | status | hold | release]``.
 
-The watcher sees all containers of the project with one ``docker ps``, decides from that look what is wrong, and
-mends it: paused containers are unpaused, stopped ones started, missing ones created, unhealthy ones restarted.
-``docker events`` only wakes it; it looks at least every *interval* anyway. Other projects are never touched.
+The watcher sees all containers of the project with one request to the engine, decides from that
+look what is wrong, and mends it: paused containers are unpaused, stopped ones started, missing ones
+created, unhealthy ones restarted. Events only wake it; it looks at least every *interval* anyway.
+Other projects are never touched.
 
-Each setting comes from an argument, else BroAPT's ``const`` module (the first three, without BROAPT_), else the environment:
-
-======================  ==========================================================================  =====================
-variable                meaning                                                                     default
-======================  ==========================================================================  =====================
-BROAPT_DOCKER_COMPOSE   Compose file; several are joined by os.pathsep, or the option is repeated   what Compose finds
-BROAPT_INTERVAL         longest time between two full checks, seconds                               10
-BROAPT_KILL_SIGNAL      signal that ends the host, such as 15, TERM or SIGTERM                      15
-BROAPT_WATCHER          where the watcher runs: thread or process                                   thread
-BROAPT_SETTLE           how long a fault must last before it is repaired, seconds                   1
-BROAPT_TIMEOUT          deadline of one Docker command, seconds                                     60
-BROAPT_PRUNE            what to delete at the end: project, system (all unused, whosever) or none   project
-BROAPT_UNHEALTHY        restart or ignore a container whose health check fails                      restart
-BROAPT_COMPOSE_COMMAND  the Compose command; docker-compose if that one does not answer             docker compose
-======================  ==========================================================================  =====================
+The containers are handled over the engine's HTTP API; Compose is run for what only Compose knows.
+All settings stand in one table, `_OPTIONS`; ``python -m broapt_compose run --help`` prints it.
 """
 
+import collections
 import contextlib
+import datetime
 import enum
 import functools
 import importlib
+import io
+import json
 import logging
 import math
 import os
+import queue
 import re
 import selectors
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 import warnings
-from typing import Any, Callable, ContextManager, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import (
+    Any,
+    Callable,
+    ContextManager,
+    Deque,
+    Dict,
+    FrozenSet,
+    Iterable,
+    Iterator,
+    List,
+    Mapping,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Set,
+    Tuple,
+)
 
-__version__ = '1.0.0'
+__version__ = '2.0.0'
 __all__ = [
-    'docker_compose', 'watch_container', 'start_container', 'stop_container', 'flask_exit', 'register', 'UP_FLAG',
-    'ComposeWarning', 'ComposeError', 'Settings', 'main',
-]  # fmt: skip
+    'docker_compose',
+    'watch_container',
+    'start_container',
+    'stop_container',
+    'flask_exit',
+    'register',
+    'UP_FLAG',
+    'ComposeWarning',
+    'ComposeError',
+    'Settings',
+    'main',
+]
 
 logger = logging.getLogger('broapt_compose')
 logger.addHandler(logging.NullHandler())
@@ -65,41 +84,51 @@ _STEADY = 10.0  # seconds of running that end a crash loop, as in Docker's own r
 _LONGEST_DELAY = 300.0  # seconds between two repairs in a crash loop
 _LOOP = 3  # repairs in a row from which on it is called a crash loop
 _DEFAULT_GRACE = 10.0  # seconds that Docker gives a container without a stop timeout of its own
-_AFTERMATH = 5.0  # seconds after an event in which to look again: Docker tells of a death before `docker ps` shows it
-_STREAM_LIFE = 55.0  # seconds of an event stream, so that none outlives its watcher by more than a minute
-_OUTPUT_LIMIT, _ERROR_LIMIT = 1 << 22, 1 << 16  # bytes of what a command writes; of more, the end is kept
+_LONGEST_HOLD = 86400.0  # seconds
 _RESPAWN = 0.5  # seconds before a watcher process that died is started again
+_INSPECT_LIMIT = 1.0  # seconds: the engine answers late for a container that it is busy with
+_KEPT_OUTPUT = 1 << 24  # bytes of what a command writes; of more, the end is kept
 
 
-# -- exceptions ------------------------------------------------------------------------------------------------------
+# -- exceptions ------------------------------------------------------------------------------------
 class ComposeWarning(Warning):
     """The containers could not be polled, a service is in a crash loop, or a clean-up failed."""
 
 
 class ComposeError(Exception):
-    """A command failed; the text is one line: which command, its exit code, and why.
+    """A command or a request to the engine failed; the text is one line: what failed, on what, why.
 
-    Attributes: *command* (list), *returncode* (None if it did not end by itself), *stderr*, *stdout*.
+    Attributes: *command* (a list; of a request: method and path), *returncode* (of a request: the HTTP
+    status; None if there was no answer), *stderr* (of a request: the engine's message), *reason*.
     """
 
-    def __init__(self, command: Sequence[str], returncode: Optional[int], stderr: str, reason: str = '', stdout: str = '') -> None:
-        super().__init__(command, returncode, stderr, reason, stdout)
-        self.command, self.returncode, self.stderr, self.stdout = list(command), returncode, stderr, stdout
-        lines = [line.strip() for line in stderr.splitlines() if line.strip()] or ['no reason given']
-        self.reason = reason or '; '.join([line for line in lines if 'error' in line.lower()][-2:] or lines[-1:])
+    def __init__(
+        self, command: Sequence[str], returncode: Optional[int], stderr: str, reason: str = ''
+    ) -> None:
+        super().__init__(command, returncode, stderr, reason)
+        self.command, self.returncode, self.stderr = list(command), returncode, stderr
+        self.reason = reason or _find_reason(stderr)
 
     def __str__(self) -> str:
-        code = '' if self.returncode is None else 'exit code {}: '.format(self.returncode)
+        kind = 'status' if self.command[0].isupper() else 'exit code'
+        code = '' if self.returncode is None else f'{kind} {self.returncode}: '
         command = _quote(word if len(word) <= 80 else word[:80] + '...' for word in self.command)
-        return _one_line('{}: {}{}'.format(command, code, self.reason[:500]))
+        return _one_line(f'{command}: {code}{self.reason[:500]}')
 
 
 class _Cancelled(Exception):
-    """The flag was lowered while a command ran."""
+    """The flag was lowered while a command or a request was under way."""
+
+
+def _find_reason(stderr: str) -> str:
+    """Return the last line that says something; some commands close with general advice."""
+    lines = [line.strip() for line in stderr.splitlines()]
+    told = [line for line in lines if line and not re.match("See '|Run '|Encountered errors", line)]
+    return told[-1] if told else 'no reason given'
 
 
 def _one_line(text: str) -> str:
-    return re.sub(r'[\x00-\x1f\x7f]+', ' ', text)
+    return re.sub(r'[\x00-\x1f\x7f]+', ' ', re.sub(r'\b([0-9a-f]{12})[0-9a-f]{52}\b', r'\1', text))
 
 
 def _quote(command: Iterable[str]) -> str:
@@ -113,14 +142,95 @@ def _warn(text: str) -> None:
         warnings.warn_explicit(_one_line(text), ComposeWarning, __file__, 0, registry=None)
 
 
-# -- settings --------------------------------------------------------------------------------------------------------
-Watcher = enum.Enum('Watcher', [('THREAD', 'thread'), ('PROCESS', 'process')])
-Prune = enum.Enum('Prune', [('PROJECT', 'project'), ('SYSTEM', 'system'), ('NONE', 'none')])
-Unhealthy = enum.Enum('Unhealthy', [('RESTART', 'restart'), ('IGNORE', 'ignore')])
+# -- output ----------------------------------------------------------------------------------------
+class _Outlet:
+    """A stream on which nobody waits: what its reader does not take in time is dropped, and that is said."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream, self.pid, self.dropped = stream, os.getpid(), 0
+        self.queue: Any = queue.Queue(1000)
+        self.thread = threading.Thread(target=self._pump, daemon=True)
+        self.thread.start()
+
+    def write(self, text: Any) -> None:
+        """Have a text, or bytes, written soon."""
+        if self.pid != os.getpid():  # forked: the thread is not here
+            self.__init__(self.stream)  # type: ignore[misc]
+        try:
+            self.queue.put_nowait(
+                text.encode('utf-8', 'replace') if isinstance(text, str) else text
+            )
+        except queue.Full:
+            self.dropped += 1
+
+    def flush(self) -> None:
+        """Do nothing: it is written as soon as can be."""
+
+    def close(self) -> None:
+        """Wait a moment until all is written."""
+        self.write('')
+        self.thread.join(1)
+
+    def _pump(self) -> None:
+        for chunk in iter(self.queue.get, b''):
+            self._put(chunk)
+            if self.dropped and self.queue.empty():
+                self._put(b'%d lines were dropped: nobody read them\n' % self.dropped)
+                self.dropped = 0
+
+    def _put(self, chunk: bytes) -> None:
+        with contextlib.suppress(
+            OSError, ValueError, AttributeError
+        ):  # full disk, closed or no stream
+            try:
+                os.write(
+                    self.stream.fileno(), chunk
+                )  # past its buffer, whose lock would hold up the exit
+            except io.UnsupportedOperation:
+                self.stream.write(chunk.decode('utf-8', 'replace'))
+
+
+# -- settings --------------------------------------------------------------------------------------
+class Watcher(enum.Enum):
+    """Where the watcher runs."""
+
+    THREAD = 'thread'
+    PROCESS = 'process'
+
+
+class Prune(enum.Enum):
+    """What is deleted at the end."""
+
+    PROJECT = 'project'
+    SYSTEM = 'system'
+    NONE = 'none'
+
+
+class Unhealthy(enum.Enum):
+    """What is done with a container whose health check fails."""
+
+    RESTART = 'restart'
+    IGNORE = 'ignore'
+
+
+class OnExit(enum.Enum):
+    """What becomes of the containers when the watchdog ends."""
+
+    STOP = 'stop'
+    LEAVE = 'leave'
+
+
+class Mode(enum.Enum):
+    """What runs the containers."""
+
+    COMPOSE = 'compose'
+    SWARM = 'swarm'
 
 
 def _parse_files(value: Any) -> Tuple[str, ...]:
-    names = value.split(os.pathsep) if isinstance(value, str) else [value] if isinstance(value, os.PathLike) else value
+    if isinstance(value, str):
+        value = value.split(os.pathsep)
+    names = [value] if isinstance(value, os.PathLike) else value
     files = tuple(os.path.abspath(os.fsdecode(name)) for name in names if name)
     for file in files:
         open(file, 'rb').close()
@@ -135,9 +245,16 @@ def _parse_seconds(value: Any, least: float = 0.0) -> float:
     return float(value)
 
 
+def _parse_positive(value: Any) -> float:
+    return _parse_seconds(value, sys.float_info.min)
+
+
 def _parse_signal(value: Any) -> int:
     text = str(int(value) if isinstance(value, int) else value).strip().upper()
-    number = signal.Signals(int(text)) if text.isdigit() else signal.Signals['SIG' + re.sub('^SIG', '', text)]
+    if text.isdigit():
+        number = signal.Signals(int(text))
+    else:
+        number = signal.Signals['SIG' + re.sub('^SIG', '', text)]
     if number in (signal.SIGKILL, signal.SIGSTOP):
         raise ValueError
     return int(number)
@@ -150,17 +267,88 @@ def _parse_command(value: Any) -> Tuple[str, ...]:
     return command
 
 
-_parse_positive = functools.partial(_parse_seconds, least=sys.float_info.min)
-_OPTIONS: Mapping[str, Tuple[str, Callable[[Any], Any], str]] = {  # field: flags, parser, what it accepts
-    'docker_compose': ('--file -f --docker-compose', _parse_files, 'a readable file'),
-    'interval': ('--interval -i', _parse_positive, 'a number of seconds greater than 0'),
-    'kill_signal': ('--signal -s', _parse_signal, 'a signal such as 15, TERM or SIGTERM, other than KILL and STOP'),
-    'watcher': ('--watcher -w', Watcher, 'thread or process'),
-    'settle': ('--settle', _parse_seconds, 'a number of seconds, 0 or more'),
-    'timeout': ('--timeout', _parse_positive, 'a number of seconds greater than 0'),
-    'prune': ('--prune', Prune, 'project, system or none'),
-    'unhealthy': ('--unhealthy', Unhealthy, 'restart or ignore'),
-    'compose_command': ('--compose-command', _parse_command, 'a command as in a shell'),
+class _Option(NamedTuple):
+    flags: str  # on the command line
+    metavar: str
+    parse: Callable[[Any], Any]
+    accepted: str
+    help: str
+
+
+_OPTIONS: Mapping[str, _Option] = {  # by field; the variable is BROAPT_ and the field's name
+    'docker_compose': _Option(
+        '--file -f --docker-compose',
+        'FILE',
+        _parse_files,
+        'a readable file',
+        'Compose file; several: repeat it, in the variable join them by os.pathsep',
+    ),
+    'interval': _Option(
+        '--interval -i',
+        'SECONDS',
+        _parse_positive,
+        'a number of seconds greater than 0',
+        'longest time between two full checks',
+    ),
+    'kill_signal': _Option(
+        '--signal -s',
+        'SIGNAL',
+        _parse_signal,
+        'a signal such as 15, TERM or SIGTERM, other than KILL and STOP',
+        'what ends the host',
+    ),
+    'watcher': _Option(
+        '--watcher -w',
+        'KIND',
+        Watcher,
+        'thread or process',
+        'where the watcher runs: thread or process',
+    ),
+    'settle': _Option(
+        '--settle',
+        'SECONDS',
+        _parse_seconds,
+        'a number of seconds, 0 or more',
+        'how long what somebody did by hand must last before it is undone; a crash waits for nothing',
+    ),
+    'timeout': _Option(
+        '--timeout',
+        'SECONDS',
+        _parse_positive,
+        'a number of seconds greater than 0',
+        'deadline of one request to the engine or one Compose command',
+    ),
+    'prune': _Option(
+        '--prune',
+        'WHAT',
+        Prune,
+        'project, system or none',
+        'what to delete at the end: project, system (all that is unused, whosever it is) or none',
+    ),
+    'unhealthy': _Option(
+        '--unhealthy',
+        'WHAT',
+        Unhealthy,
+        'restart or ignore',
+        'restart or ignore a container whose health check fails',
+    ),
+    'on_exit': _Option(
+        '--on-exit',
+        'WHAT',
+        OnExit,
+        'stop or leave',
+        'stop the containers at the end, or leave them running for the next watchdog',
+    ),
+    'mode': _Option(
+        '--mode', 'MODE', Mode, 'compose or swarm', 'what the stack is: compose or swarm'
+    ),
+    'compose_command': _Option(
+        '--compose-command',
+        'CMD',
+        _parse_command,
+        'a command as in a shell',
+        'the Compose command; docker-compose only where docker has no compose',
+    ),
 }
 
 
@@ -175,31 +363,38 @@ class Settings(NamedTuple):
     timeout: float = 60.0  # seconds
     prune: Prune = Prune.PROJECT
     unhealthy: Unhealthy = Unhealthy.RESTART
-    compose_command: Tuple[str, ...] = ()  # none: found by asking each for its version
+    on_exit: OnExit = OnExit.STOP
+    mode: Mode = Mode.COMPOSE
+    compose_command: Tuple[str, ...] = ()  # none: `docker compose`, or what stands in for it
 
     @classmethod
     def load(cls, **given: Any) -> 'Settings':
         """Return the settings: *given* ones first, then BroAPT's const, the environment (empty: not set), the defaults.
 
-        Strings are parsed as on the command line; None counts as not given. Raises ValueError: one line naming the
-        setting, its value, and what is accepted.
+        Strings are parsed as on the command line; None counts as not given. Raises ValueError: one line
+        naming the setting, its value, and what is accepted.
         """
         const = _find_const()
         values = {field: value for field, value in given.items() if value is not None}
-        for field, (flags, parse, accepted) in _OPTIONS.items():
-            sources = {
-                flags.split()[0]: given.get(field),
-                'const.' + field.upper(): getattr(const, field.upper(), None) if field in cls._fields[:3] else None,
-                'BROAPT_' + field.upper(): os.environ.get('BROAPT_' + field.upper()) or None,
-            }
-            source, value = next((item for item in sources.items() if item[1] is not None), ('', None))
-            if value is not None:
-                try:
-                    values[field] = parse(value)
-                except (OSError, ValueError, TypeError, KeyError, OverflowError) as error:
-                    why = ' ({}: {})'.format(error.filename, error.strerror) if isinstance(error, OSError) else ''
-                    raise ValueError(_one_line('{}: {!r} is not {}{}'.format(source, value, accepted, why))) from None
+        for field, option in _OPTIONS.items():
+            sources = {option.flags.split()[0]: given.get(field)}
+            if field in cls._fields[:3]:
+                sources[f'const.{field.upper()}'] = getattr(const, field.upper(), None)
+            variable = f'BROAPT_{field.upper()}'
+            sources[variable] = os.environ.get(variable) or None
+            for source, value in sources.items():
+                if value is not None:
+                    values[field] = _parse_value(source, value, option)
+                    break
         return cls(**values)
+
+
+def _parse_value(source: str, value: Any, option: _Option) -> Any:
+    try:
+        return option.parse(value)
+    except (OSError, ValueError, TypeError, KeyError, OverflowError) as error:
+        why = f' ({error.filename}: {error.strerror})' if isinstance(error, OSError) else ''
+        raise ValueError(_one_line(f'{source}: {value!r} is not {option.accepted}{why}')) from None
 
 
 def _find_const() -> Any:
@@ -207,134 +402,55 @@ def _find_const() -> Any:
     if __name__ in ('__main__', '__mp_main__'):
         return None
     name = __name__.rpartition('.')[0] + '.const' if '.' in __name__ else 'const'
-    beside = os.path.isfile(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'const.py'))
-    const = sys.modules.get(name) or (importlib.import_module(name) if beside else None)
+    const = sys.modules.get(name)
+    if const is None and os.path.isfile(
+        os.path.join(os.path.dirname(os.path.abspath(__file__)), 'const.py')
+    ):
+        const = importlib.import_module(name)
     return const if hasattr(const, 'KILL_SIGNAL') or hasattr(const, 'DOCKER_COMPOSE') else None
 
 
-# -- records ---------------------------------------------------------------------------------------------------------
-State = enum.Enum('State', {  # of a container, in Docker's words
-    'CREATED': 'created', 'RUNNING': 'running', 'PAUSED': 'paused', 'RESTARTING': 'restarting', 'REMOVING': 'removing',
-    'EXITED': 'exited', 'DEAD': 'dead',
-})  # fmt: skip
-_UNITS = {'second': 1, 'minute': 60, 'hour': 3600, 'day': 86400, 'week': 604800, 'month': 2592000, 'year': 31536000}
-_ALIVE = (State.RUNNING, State.PAUSED, State.RESTARTING)
-
-
-class Container(NamedTuple):
-    """One container of the project, as one look showed it."""
-
-    id: str
-    name: str
-    service: str
-    number: str  # which of the service's containers; a replacement bears the number of what it replaces
-    state: State
-    exit_code: Optional[int]  # None while it has not ended
-    health: str  # 'starting', 'healthy', 'unhealthy'; '' without a health check
-    since: str  # how long it is in this state, in Docker's words, such as '5 minutes'
-    watched: bool  # False if labelled broapt.watch=false
-    folder: str  # of the Compose file that made it
-
-    @property
-    def label(self) -> str:
-        """The service's name, with the number where it is not the first."""
-        return self.service if self.number in ('', '1') else '{}-{}'.format(self.service, self.number)
-
-    @property
-    def condition(self) -> str:
-        """The state in words, such as 'exited (137)' or 'unhealthy'."""
-        text = 'unhealthy' if self.health == 'unhealthy' else self.state.value
-        return text if self.exit_code is None else '{} ({})'.format(text, self.exit_code)
-
-    @property
-    def age(self) -> int:
-        """How long it is in this state, in seconds, rounded down as Docker does."""
-        number, _, unit = re.sub('About an?', '1', re.sub('Less than a', '0', self.since)).partition(' ')
-        return int(number or 0) * _UNITS.get(unit.rstrip('s'), 0)
-
-
-class Service(NamedTuple):
-    """One service of the Compose file."""
-
-    scale: int = 1  # how many containers it shall have
-    watched: bool = True
-    network_of: str = ''  # the service whose network it uses
-    depends_on: Mapping[str, str] = {}  # service -> condition
-
-
-Containers = Sequence[Container]
-Services = Mapping[str, Service]
-_LABELS = ('broapt.watch', *map('com.docker.compose.{}'.format, ('service', 'container-number', 'oneoff', 'project.working_dir')))
-_PS_FIELDS = ('.ID', '.Names', '.State', '.Status', *map('(.Label "{}")'.format, _LABELS))
-_PS_FORMAT = '[{}]'.format(','.join('{{json %s}}' % field for field in _PS_FIELDS))
-_STATUS = re.compile(r'(?:Up|\w+ \((\d+)\)) ?(.*?)(?: ago)?(?: \((?:Paused|(?:health: )?(starting|healthy|unhealthy))\))?')
-
-
-def _parse_containers(text: str) -> List[Container]:
-    """Return what `docker ps --format _PS_FORMAT` printed, newest first, without one-offs; ValueError if it is not that."""
-    import json
-
-    if text and not text.endswith('\n'):
-        raise ValueError('the last line is cut off')
-    containers = []
-    for line in text.splitlines():
-        ident, name, state, status, watch, service, number, oneoff, folder = json.loads(line)
-        found = _STATUS.fullmatch(status)  # none in states that have no time, such as Created
-        code, since, health = found.groups('') if found else ('', '', '')
-        if oneoff != 'True':  # made by `compose run`: somebody's own business
-            containers.append(Container(ident, name, service, number, State(state), int(code) if code else None, health, since,
-                                        watch.lower() != 'false', folder))  # fmt: skip
-    return containers
-
-
-_CONFIG_LINE = re.compile(r'( *)(["\']?)([\w.-]+)\2:(?: (.*))?')
-
-
-def _parse_services(text: str) -> Dict[str, Service]:
-    """Return the services that `compose config` printed.
-
-    Compose 1.x prints YAML only, which the standard library can't read; but it is in canonical form, two spaces a
-    level, from both generations, so the few keys that matter are found by their path.
-    """
-    path: List[str] = []
-    values = {}
-    for found in filter(None, map(_CONFIG_LINE.fullmatch, text.splitlines())):
-        path[len(found.group(1)) // 2 :] = [found.group(3)]
-        values[tuple(path)] = (found.group(4) or '').strip('"\'')
-    services = {}
-    for name in [path[1] for path in values if path[0] == 'services' and len(path) == 2]:
-        own = {path[2:]: value for path, value in values.items() if path[:2] == ('services', name)}
-        scale = own.get(('scale',)) or own.get(('deploy', 'replicas')) or '1'
-        if ('profiles',) in own and ('name',) not in values:
-            scale = '0'  # Compose 1.29 gives no name, and prints also what is switched off
-        watched = own.get(('labels', 'broapt.watch'), '').lower() != 'false'
-        depends_on = {key[1]: value for key, value in own.items() if key[:1] == ('depends_on',) and key[2:] == ('condition',)}
-        services[name] = Service(int(scale), watched, own.get(('network_mode',), '').partition('service:')[2], depends_on)
-    return services
-
-
-# -- the flag --------------------------------------------------------------------------------------------------------
+# -- the flag --------------------------------------------------------------------------------------
 class UpFlag(threading.Event):
-    """A flag that is up while the stack shall run; lowering it wakes the watcher at once."""
+    """A flag that is up while the stack shall run; lowering it ends at once all that waits for it.
+
+    In a process that was forked from the one where something waits for it, it is a flag and nothing more.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self._guard = threading.RLock()
-        self._callbacks: List[Callable[[], Any]] = []
+        self._own()
         self.set()
+
+    def _own(self) -> None:
+        self._pid, self._guard = os.getpid(), threading.RLock()
+        self._callbacks: List[Callable[[], Any]] = []
 
     def clear(self) -> None:
         """Lower the flag."""
-        with self._guard:
-            super().clear()
-            for callback in self._callbacks:
-                callback()
+        super().clear()
+        if self._pid == os.getpid():
+            with self._guard:
+                for callback in self._callbacks:
+                    callback()
 
-    value = property(threading.Event.is_set, lambda self, up: self.set() if up else self.clear(), doc='Whether the flag is up.')
+    @property
+    def value(self) -> bool:
+        """Whether the flag is up."""
+        return self.is_set()
+
+    @value.setter
+    def value(self, up: bool) -> None:
+        if up:
+            self.set()
+        else:
+            self.clear()
 
     @contextlib.contextmanager
     def when_lowered(self, callback: Callable[[], Any]) -> Iterator[None]:
         """During the block, *callback* is called when the flag is lowered; at once if it is down already."""
+        if self._pid != os.getpid():
+            self._own()
         with self._guard:
             self._callbacks.append(callback)
             if not self.is_set():
@@ -349,450 +465,1264 @@ class UpFlag(threading.Event):
 UP_FLAG = UpFlag()
 
 
-# -- the Docker layer ------------------------------------------------------------------------------------------------
-def _spawn(command: Sequence[str], folder: str) -> 'subprocess.Popen[bytes]':
-    """Start *command*, in a session of its own so that Ctrl+C in the terminal does not reach it."""
-    environment = dict(os.environ)
-    if getattr(sys, 'frozen', False):  # PyInstaller's library path is not for Docker
-        environment.pop('LD_LIBRARY_PATH', None)
-        if 'LD_LIBRARY_PATH_ORIG' in environment:
-            environment['LD_LIBRARY_PATH'] = environment['LD_LIBRARY_PATH_ORIG']
-    logger.debug('running %s', _quote(command))
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # for the moment before it has its session
-    try:
-        folder = folder if os.path.isdir(folder) else '/'  # somebody may have removed it
-        return subprocess.Popen(command, env=environment, cwd=folder, start_new_session=True, stdin=subprocess.DEVNULL,
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+# -- processes -------------------------------------------------------------------------------------
+_OUTPUT_LIMIT, _ERROR_LIMIT = (
+    1 << 22,
+    1 << 16,
+)  # bytes that a command writes; of more, the end is kept
+# The shell kills the command's process group once our end of the socket is closed, by us or by our death,
+# and tells the exit code, which waitpid() doesn't where SIGCHLD is ignored or somebody else reaps.
+_GUARD = 'exec 3<&0; (read -r _ <&3; kill -9 0) >/dev/null 2>&1 & "$@" <{} 3<&-; echo $? >&3'
 
 
-def _kill(process: 'subprocess.Popen[bytes]') -> None:
-    """Kill the process with its whole group, and wait a moment for its end."""
-    with contextlib.suppress(ProcessLookupError, PermissionError, subprocess.TimeoutExpired):
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait(1)
+class _Place(NamedTuple):
+    """Where commands run."""
+
+    folder: str  # stays, whatever the host does with its own
+    environment: Dict[str, str]  # on top of the host's: what pins Compose to the engine
+
+    def get_environment(self) -> Dict[str, str]:
+        """Return the whole environment."""
+        whole = dict(os.environ)
+        if getattr(sys, 'frozen', False):  # PyInstaller's library path is not for Docker
+            whole.pop('LD_LIBRARY_PATH', None)
+            if 'LD_LIBRARY_PATH_ORIG' in whole:
+                whole['LD_LIBRARY_PATH'] = whole['LD_LIBRARY_PATH_ORIG']
+        return {**whole, **self.environment}
 
 
-def _run(command: Sequence[str], limit: float, folder: str, flag: Optional[UpFlag] = None,
-         more: Optional[Callable[[], float]] = None, show: Optional[Callable[[bytes], Any]] = None) -> str:  # fmt: skip
-    """Return what *command* wrote to standard output; *show* gets all that it writes, as it comes.
+class _Process:
+    """A command in a session of its own, so that Ctrl+C in the terminal does not reach it."""
 
-    After *limit* seconds, *more* tells how many it may have in addition. Raises ComposeError if it can't be started,
-    fails or lasts longer, _Cancelled if *flag* is lowered.
+    def __init__(
+        self, command: Sequence[str], place: _Place, peer: Optional[socket.socket] = None
+    ) -> None:
+        """Start it; *peer* becomes its standard input and output."""
+        logger.debug('running %s', _quote(command))
+        guard = _GUARD.format('&1' if peer else '/dev/null')
+        self.lifeline, theirs = socket.socketpair()
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # till it has its session
+        try:
+            self.popen = subprocess.Popen(
+                ['/bin/sh', '-c', guard, 'sh', *command],
+                cwd=place.folder
+                if os.path.isdir(place.folder)
+                else '/',  # somebody may have removed it
+                env=place.get_environment(),
+                start_new_session=True,
+                stdin=theirs.fileno(),
+                stdout=subprocess.PIPE if peer is None else peer.fileno(),
+                stderr=subprocess.PIPE,
+            )
+        except (OSError, ValueError) as error:
+            self.lifeline.close()
+            raise ComposeError(
+                command, None, '', getattr(error, 'strerror', '') or str(error)
+            ) from None
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            theirs.close()
+
+    def kill(self) -> None:
+        """Kill it with its whole group."""
+        with contextlib.suppress(OSError):
+            self.lifeline.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Kill what is left of it, and free what it holds."""
+        self.kill()
+        for end in (self.lifeline, self.popen.stdout, self.popen.stderr):
+            if end is not None:
+                end.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.popen.wait(1)
+
+    def read(self, limit: float, show: Callable[[bytes], Any]) -> Tuple[Optional[int], str, str]:
+        """Return its exit code (None: not within *limit* seconds), output and errors; *show* gets both as they come."""
+        kept = {
+            self.popen.stdout: _OUTPUT_LIMIT,
+            self.popen.stderr: _ERROR_LIMIT,
+            self.lifeline: 16,
+        }
+        buffers = {end: bytearray() for end in kept}
+        step = min(1.0, limit / 8)
+        with selectors.DefaultSelector() as selector:
+            for end in kept:
+                selector.register(end, selectors.EVENT_READ)
+            while selector.get_map() and limit > 0:
+                began = time.monotonic()
+                # In steps, and looking again: while this process is stopped, time passes and data comes.
+                ready = selector.select(step) or selector.select(0)
+                limit -= min(step, time.monotonic() - began)
+                if not ready and buffers[self.lifeline]:
+                    break  # it has ended, but something that it left behind holds its pipes
+                for key, _ in ready:
+                    chunk = os.read(key.fd, 1 << 16)
+                    if not chunk:
+                        selector.unregister(key.fileobj)
+                    elif key.fileobj is not self.lifeline:
+                        show(chunk)
+                    buffers[key.fileobj].extend(chunk)
+                    del buffers[key.fileobj][: -kept[key.fileobj]]
+        output, errors, code = (buffer.decode('utf-8', 'replace') for buffer in buffers.values())
+        return int(code) if code else None, output, errors
+
+
+def _run(
+    command: Sequence[str],
+    limit: float,
+    place: _Place,
+    flag: Optional[UpFlag] = None,
+    show: Callable[[bytes], Any] = len,
+) -> str:
+    """Return what *command* wrote to standard output.
+
+    Raises ComposeError if it can't be started, fails, or lasts longer than *limit* seconds; _Cancelled if
+    *flag* is lowered.
     """
     if flag is not None and not flag.value:
         raise _Cancelled
-    try:
-        process: Any = _spawn(command, folder)
-    except (OSError, ValueError) as error:
-        reason = 'command not found' if isinstance(error, FileNotFoundError) else getattr(error, 'strerror', None) or str(error)
-        raise ComposeError(command, None, '', reason) from None
-    buffers = {process.stdout: bytearray(), process.stderr: bytearray()}
-    began, code = time.monotonic(), None
-    try:
-        on_flag = flag.when_lowered(functools.partial(_kill, process)) if flag else contextlib.ExitStack()
-        with process.stdout, process.stderr, on_flag:
-            code = _collect(process, buffers, began + limit, show)
-            if code is None and more is not None:
-                limit += more()
-                code = _collect(process, buffers, began + limit, show)
-    finally:
-        if code is None:
-            _kill(process)
+    process = _Process(command, place)
+    with contextlib.closing(process), flag.when_lowered(
+        process.kill
+    ) if flag else contextlib.ExitStack():
+        code, output, errors = process.read(limit, show)
     if flag is not None and not flag.value:
         raise _Cancelled
-    output, errors = (buffer.decode('utf-8', 'replace') for buffer in buffers.values())
     if code != 0:
-        raise ComposeError(command, code, errors, 'no answer within {:g} s'.format(limit) if code is None else '', output)
+        raise ComposeError(command, code, errors, '' if code else f'no answer within {limit:g} s')
     return output
 
 
-def _collect(process: 'subprocess.Popen[bytes]', buffers: Mapping[Any, bytearray], end: float,
-             show: Optional[Callable[[bytes], Any]]) -> Optional[int]:  # fmt: skip
-    """Read what the process writes until it has ended; return its exit code, None if it has not before the time *end*."""
-    with selectors.DefaultSelector() as selector:
-        for pipe, buffer in buffers.items():
-            selector.register(pipe, selectors.EVENT_READ, buffer)
-        patience = 0.5
-        while selector.get_map() and time.monotonic() < end:
-            ready = selector.select(min(end - time.monotonic(), patience))
-            for key, _ in ready:
-                chunk = os.read(key.fd, 1 << 16)
-                if not chunk:
-                    selector.unregister(key.fileobj)
-                elif show is not None:
-                    show(chunk)
-                key.data.extend(chunk)
-                del key.data[: -(_OUTPUT_LIMIT if key.fileobj is process.stdout else _ERROR_LIMIT)]
-            if not ready and process.poll() is not None:
-                break  # but a process that it left behind holds its pipes, as ssh's ControlPersist does
-            patience = 0.5 if ready else 2 * patience
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(max(0.01, end - time.monotonic()))
-    return process.returncode
+# -- the engine ------------------------------------------------------------------------------------
+class _Socket(socket.socket):
+    """A socket with one deadline for all that it receives; time in which this process is stopped doesn't count."""
 
+    left = math.inf  # seconds
+    dialer: Optional[_Process] = None  # what connects it with the engine
 
-def _echo(chunk: bytes) -> None:
-    with contextlib.suppress(OSError, ValueError, AttributeError):  # full disk, closed or no stream
-        sys.stderr.write(chunk.decode('utf-8', 'replace'))
-        sys.stderr.flush()
+    def recv_into(self, *arguments: Any) -> int:
+        """Receive as usual; raises socket.timeout when no time is left."""
+        while True:
+            step, began = min(self.left, 1.0), time.monotonic()
+            self.settimeout(None if self.left == math.inf else max(step, 0.001))
+            try:
+                return super().recv_into(*arguments)
+            except socket.timeout:
+                if self.left <= step:
+                    raise
+            finally:
+                self.left -= min(step, time.monotonic() - began)
 
-
-class _Stack:
-    """The containers of one Compose project, by way of the commands of Docker and Compose."""
-
-    def __init__(self, settings: Optional[Settings], notify: Callable[[str], Any] = str) -> None:
-        self.settings = Settings.load() if settings is None else settings
-        self.notify = notify  # takes messages for the service manager
-        self.folder = os.getcwd()  # stays, whatever the host does with its own
-        self.flag: Optional[UpFlag] = None  # commands are cancelled when it is lowered
-        self.project = self.filter = ''  # '' while there is no container to read the project's name off
-        self.services: Dict[str, Service] = {}  # what the Compose files declared when they were last read
-        if not self.settings.compose_command:
-            self.settings = self.settings._replace(compose_command=self._find_compose())
-
-    def _find_compose(self) -> Tuple[str, ...]:
-        for command in (('docker', 'compose'), ('docker-compose',)):
-            with contextlib.suppress(ComposeError):
-                _run((*command, 'version'), self.settings.timeout, self.folder)
-                return command
-        self.docker('--version')  # raises if there is no Docker at all
-        raise ComposeError(('docker', 'compose'), None, '', 'no Compose found, neither this nor docker-compose')
-
-    def docker(self, *arguments: str) -> str:
-        """Return what `docker` printed; its deadline is the timeout, for stop and restart on top of the longest grace period."""
-        more = functools.partial(self.longest_grace, arguments[1:]) if arguments[0] in ('stop', 'restart') else None
-        return _run(('docker', *arguments), self.settings.timeout, self.folder, self.flag, more)
-
-    def compose(self, *arguments: str, more: Optional[Callable[[], float]] = None, echo: bool = False) -> str:
-        """Return what Compose printed; its deadline is the timeout and *more* seconds."""
-        files = [part for file in self.settings.docker_compose for part in ('--file', file)]
-        command = (*self.settings.compose_command, *files, *arguments)
-        return _run(command, self.settings.timeout, self.folder, self.flag, more, _echo if echo else None)
-
-    def observe(self) -> List[Container]:
-        """Return all containers of the project but one-offs, newest first. The only reader; one command."""
-        if not self.project:  # its name is not always the folder's
-            ids = ['--filter=id=' + ident for ident in self.compose('ps', '--all', '--quiet').split()[:9]]
-            names = self.docker('ps', '--all', '--format={{.Label "com.docker.compose.project"}}', *ids) if ids else ''
-            self.project = names.split('\n')[0]
-            self.filter = '--filter=label=com.docker.compose.project=' + self.project
+    def is_idle(self) -> bool:
+        """Tell whether the other end keeps the connection and has nothing to say."""
+        self.settimeout(0)
         try:
-            text = self.docker('ps', '--all', '--no-trunc', self.filter, '--format', _PS_FORMAT) if self.project else ''
-            containers = _parse_containers(text)
-        except (ValueError, TypeError, AttributeError, RecursionError) as error:
-            raise ComposeError(('docker', 'ps'), None, '', 'its answer is not understood: {}'.format(error)) from None
-        # From a pause until the next probe, Docker calls a container unhealthy although no probe has failed.
-        sick = [c.id for c in containers if c.health == 'unhealthy']
-        well = [line[:-2] for line in self.inspect('{{.Id}} {{.State.Health.FailingStreak}}', sick) if line.endswith(' 0')]
-        return [c._replace(health='starting') if c.id in well else c for c in containers]
+            self.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return True
+        except OSError:
+            pass
+        return False
 
-    def inspect(self, template: str, ids: Sequence[str]) -> List[str]:
-        """Return a line for each of these containers that is still there."""
-        try:
-            return self.docker('inspect', '--format', template, *ids).splitlines() if ids else []
-        except ComposeError as error:
-            return error.stdout.splitlines()
+    def cut(self) -> None:
+        """Wake whoever waits for an answer: there will be none."""
+        with contextlib.suppress(OSError):
+            self.shutdown(socket.SHUT_RDWR)
 
-    def longest_grace(self, ids: Sequence[str]) -> float:
-        """Return the longest stop timeout of these containers, in seconds."""
-        answer = self.inspect('{{json .Config.StopTimeout}}', ids)
-        return max([float(word) for word in answer if word.isdigit()] + [_DEFAULT_GRACE])
+    def close(self) -> None:
+        """Close it, and end what connects it."""
+        super().close()
+        if self.dialer is not None:
+            self.dialer.close()
 
-    def read_services(self) -> None:
-        """Read what the Compose files declare now; if that fails another time, go on by what they said before."""
-        try:
-            self.services = _parse_services(self.compose('config'))
-        except ComposeError as error:
-            if not self.services:
-                raise
-            _warn('the Compose file cannot be read; going on by what it said before: {}'.format(error))
 
-    def follow_events(self, since: str, show: Callable[[bytes], Any]) -> str:
-        """Call *show* at each event that can begin a fault; return the engine's time at which the stream has ended.
+class _Engine:
+    """The engine's HTTP API: a connection for each request on a unix socket, else kept and shared ones."""
 
-        It begins at the engine's time *since* ('': now), less a second: an event too many does no harm. If its reader
-        dies, it ends at the next event only, so it gets an end, by the engine's clock, which may differ from this one's.
+    def __init__(
+        self, endpoint: str, limit: float, dial: Callable[[socket.socket], _Process]
+    ) -> None:
+        """*limit*: seconds for a request; *dial* starts what connects a socket with any other endpoint."""
+        self.path = endpoint.partition('unix://')[2]
+        self.limit, self.dial = limit, dial
+        self.flag: Optional[UpFlag] = None  # requests are cancelled when it is lowered
+        self.turns = threading.Semaphore(
+            64 if self.path else 6
+        )  # for requests that change something
+        self.kept: List[_Socket] = []
+        self.stream: Optional[_Socket] = None  # the one that events come from
+        self.date = self.version = ''  # the engine's clock and API version, as told last
+
+    def request(self, method: str, path: str, limit: float = 0.0, **query: Any) -> Any:
+        """Return what the engine answers within *limit* seconds (0: its own limit), read from JSON.
+
+        Raises ComposeError for an error that it answers, and for no or half an answer; _Cancelled.
         """
-        import datetime
+        turn: Any = contextlib.ExitStack() if method == 'GET' else self.turns
+        with turn, self.ask(method, path, limit or self.limit, query) as (_, answer):
+            body = answer.read().decode('utf-8', 'replace')
+            self.date = answer.getheader('Date', self.date)
+            self.version = answer.getheader('Api-Version', self.version)
+            content = json.loads(body) if body.strip() and answer.status < 400 else None
+        if answer.status >= 400:
+            raise ComposeError((method, path), answer.status, _read_message(body))
+        return content
 
-        since = since or self.docker('info', '--format', '{{.SystemTime}}').strip()
-        start = datetime.datetime.strptime(since[:19], '%Y-%m-%dT%H:%M:%S')
-        begin, end = ((start + datetime.timedelta(seconds=more)).isoformat() + since[19:] for more in (-1, _STREAM_LIFE))
-        filters = ['--filter=event=' + event for event in ('create', 'die', 'destroy', 'pause', 'health_status')]
-        command = ('docker', 'events', '--format={{.ID}}', '--since', begin, '--until', end, '--filter=type=container')
-        _run((*command, self.filter, *filters), _STREAM_LIFE + 5, self.folder, self.flag, show=show)
-        return end
+    def follow(self, **query: Any) -> Iterator[Dict[str, Any]]:
+        """Give one event after the other, until the stream ends or is lost, or the flag is lowered."""
+        with self.ask('GET', '/events', self.limit, query) as (sock, answer):
+            sock.left, self.stream = math.inf, sock
+            for line in iter(answer.readline, b''):
+                yield json.loads(line.decode('utf-8', 'replace'))
 
-    def prepare(self) -> None:
-        """Read the Compose files, and unpause what is paused, which `up` can't start. If this fails, there is nothing to undo."""
-        self.read_services()
-        self.apply('unpause', [State.PAUSED], self.observe())
+    def get_time(self) -> float:
+        """Return the engine's clock at its last answer, in seconds since 1970."""
+        import email.utils
 
-    def start(self) -> None:
-        """Bring the stack up, without a deadline, and learn the project's name: the Compose file may be broken at the end."""
+        if not self.date:
+            self.request('GET', '/version')
+        return email.utils.parsedate_to_datetime(self.date).timestamp()
+
+    def cut_stream(self) -> None:
+        """End the stream of events: it has missed one."""
+        if self.stream is not None:
+            self.stream.cut()
+
+    @contextlib.contextmanager
+    def ask(self, method: str, path: str, limit: float, query: Mapping[str, Any]) -> Iterator[Any]:
+        """Give the connection and the answer. Whatever goes wrong with them is a ComposeError."""
+        import http.client
+        import urllib.parse
+
+        if self.flag is not None and not self.flag.value:
+            raise _Cancelled
+        connection = http.client.HTTPConnection('localhost')
+        connection.auto_open = 0
+        sock = answer = None
         try:
-            self.compose('up', '--build', '--detach', more=lambda: math.inf, echo=True)
-        except _Cancelled:
-            threading.Event().wait(1.0)  # the engine still ends what it was asked for, such as a network
-            raise
-        self.observe()
-
-    def stop(self) -> None:
-        """Stop the stack gracefully, kill what outlasts its time, and clean up in any case."""
-        self.flag, containers = None, []
-        try:
-            containers = self.observe()
-            self.apply('unpause', [State.PAUSED], containers)  # else it can't stop gracefully
-        except ComposeError as error:
-            logger.error('%s; stopping the stack nevertheless', error)
-        try:
-            if not self.services:
-                self.read_services()
-            self.compose('stop', more=lambda: self.longest_grace([c.id for c in containers]))
-        except ComposeError as error:
-            logger.error('%s; stopping the containers one by one', error)
-        try:  # also what Compose leaves: services of a profile, or that are not in its file any more
-            containers = self.observe()
-            self.apply('stop', _ALIVE, containers)
-        except ComposeError as error:
-            logger.error('%s; killing the containers', error)
-            self.apply('kill', _ALIVE, self.observe())
+            sock = connection.sock = self._connect()
+            sock.left = limit
+            with self.flag.when_lowered(sock.cut) if self.flag else contextlib.ExitStack():
+                connection.request(method, f'{path}?{urllib.parse.urlencode(query)}')
+                answer = connection.getresponse()
+                yield sock, answer
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            if self.flag is not None and not self.flag.value:
+                raise _Cancelled from None
+            reason = _explain(error, sock, limit)
+            raise ComposeError((method, path), None, '', reason) from None
         finally:
-            try:
-                self.clean_up(containers)
-            except ComposeError as error:
-                _warn('the clean-up failed: {}'.format(error))
+            if (
+                sock is not None
+                and answer
+                and answer.isclosed()
+                and not answer.will_close
+                and not self.path
+            ):
+                self.kept.append(sock)
+            elif sock is not None:
+                sock.close()
 
-    def apply(self, command: str, states: Iterable[State], containers: Containers) -> None:
-        """Run a command on what is in these states, except a stack of another folder with the same project name."""
-        folders = {c.folder for c in containers if c.service in self.services or not self.services}
-        ids = [c.id for c in containers if c.state in states and c.folder in folders]
-        if ids:
-            self.docker(*command.split(), *ids)
-
-    def clean_up(self, containers: Containers) -> None:
-        """Delete what the setting *prune* says; *containers*: as seen last."""
-        if self.settings.prune is Prune.SYSTEM:
-            self.docker('system', 'prune', '--volumes', '--force')
-        elif self.settings.prune is Prune.PROJECT and not self.project:
-            self.compose('down')  # a start that failed before the first container may have left a network
-        elif self.settings.prune is Prune.PROJECT:
-            try:
-                self.remove(containers)
-            except ComposeError:  # perhaps somebody else removes it all, too
-                self.remove(self.observe())
-
-    def remove(self, containers: Containers) -> None:
-        """Delete these containers, then the project's dangling images and its networks."""
-        self.apply('rm --force --volumes', State, containers)
-        # Only Compose 2.x labels the images it builds. One that is in use stays: hence prune, not rm.
-        if self.docker('image', 'ls', '--quiet', '--filter=dangling=true', self.filter):
-            self.docker('image', 'prune', '--force', self.filter)
-        networks = self.docker('network', 'ls', '--quiet', self.filter).split()
-        if networks:
-            self.docker('network', 'rm', *networks)
+    def _connect(self) -> _Socket:
+        """Return a connection that is open, as far as can be told."""
+        while self.kept:
+            with contextlib.suppress(IndexError):  # another thread was faster
+                sock = self.kept.pop()
+                if sock.is_idle():
+                    sock.settimeout(self.limit)
+                    return sock
+                sock.close()
+        if not self.path:
+            ours, theirs = socket.socketpair()
+            with theirs:
+                sock = _Socket(ours.family, ours.type, fileno=ours.detach())
+                sock.dialer = self.dial(theirs)
+                return sock
+        sock = _Socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            sock.settimeout(self.limit)
+            sock.connect(self.path)
+        except OSError:
+            sock.close()
+            raise
+        return sock
 
 
-# -- decide ----------------------------------------------------------------------------------------------------------
+def _read_message(body: str) -> str:
+    """Return what the engine says in an answer that is an error."""
+    try:
+        return str(json.loads(body)['message'])
+    except (ValueError, TypeError, KeyError):
+        return body
+
+
+def _explain(error: Exception, sock: Optional[_Socket], limit: float) -> str:
+    """Return why there was no answer, in one phrase; what should have connected us knows best."""
+    if isinstance(error, socket.timeout):
+        return f'no answer within {limit:g} s'
+    told = b''
+    if sock is not None and sock.dialer is not None and sock.dialer.popen.stderr is not None:
+        os.set_blocking(sock.dialer.popen.stderr.fileno(), False)
+        told = sock.dialer.popen.stderr.read() or b''
+    if told.strip():
+        return _find_reason(told.decode('utf-8', 'replace'))
+    return getattr(error, 'strerror', '') or str(error) or type(error).__name__
+
+
+# -- records ---------------------------------------------------------------------------------------
+class State(enum.Enum):
+    """Of a container, in Docker's words."""
+
+    CREATED = 'created'
+    RUNNING = 'running'
+    PAUSED = 'paused'
+    RESTARTING = 'restarting'
+    REMOVING = 'removing'
+    EXITED = 'exited'
+    DEAD = 'dead'
+
+
+_PODMAN_STATES = {'stopped': 'exited', 'stopping': 'removing', 'initialized': 'created'}
+_ALIVE = (State.RUNNING, State.PAUSED, State.RESTARTING)
+
+
+class Container(NamedTuple):
+    """One container of the project, as one look showed it."""
+
+    id: str
+    name: str
+    service: str
+    number: (
+        str  # which of the service's containers; a replacement bears the number of what it replaces
+    )
+    state: State
+    exit_code: Optional[int] = None  # None while it has not ended
+    note: str = ''  # why it ended or could not start, as far as the engine knows
+    health: str = ''  # 'starting', 'healthy', 'unhealthy'; '' without a health check
+    since: float = 0.0  # when it came into this state, in seconds since 1970 by the engine's clock
+    grace: float = _DEFAULT_GRACE  # seconds that it has to stop
+    networks: Mapping[str, str] = {}  # name -> id; name -> name if it was never connected
+    owners: Mapping[
+        str, str
+    ] = {}  # id or name of a container -> which namespace of it this one shares
+    lost: str = (
+        ''  # what it was made for and is not there any more, so that it can never start again
+    )
+    watched: bool = True  # False if labelled broapt.watch=false
+    folder: str = ''  # of the Compose file that made it
+
+    @property
+    def label(self) -> str:
+        """The service's name, with the number where it is not the first."""
+        return self.service if self.number in ('', '1') else f'{self.service}-{self.number}'
+
+    @property
+    def condition(self) -> str:
+        """The state in words, such as 'exited (137, out of memory)' or 'unhealthy'."""
+        if self.state is State.RUNNING and self.health == 'unhealthy':
+            return 'unhealthy'
+        told = [str(self.exit_code)] if self.exit_code is not None else []
+        told += [self.note] if self.note else []
+        return f'{self.state.value} ({", ".join(told)})' if told else self.state.value
+
+
+class Service(NamedTuple):
+    """One service of the Compose file."""
+
+    scale: int = 1  # how many containers it shall have
+    left: str = ''  # why it is left alone; '': it is not
+    owners: Tuple[str, ...] = ()  # the services whose network, pid or ipc it shares
+    depends_on: Mapping[str, str] = {}  # service -> condition
+    provided: bool = False  # by something else than containers
+
+
+Containers = Sequence[Container]
+Services = Mapping[str, Service]
+
+
+def _read_container(entry: Mapping[str, Any], details: Mapping[str, Any]) -> Container:
+    """Return a container as the engine's list and its answer to inspect (may be empty) show it."""
+    labels = entry['Labels']
+    found: Mapping[str, Any] = details.get('State', {})
+    host, config = details.get('HostConfig', entry['HostConfig']), details.get('Config', {})
+    word = found.get('Status', entry['State'])
+    state = State(_PODMAN_STATES.get(word, word))
+    health = found.get('Health') or {}
+    status = health.get('Status', '')
+    if status == 'unhealthy' and not health.get('FailingStreak'):
+        status = 'starting'  # what Docker says from a pause until the next probe
+    grace = config.get('StopTimeout')
+    networks = entry['NetworkSettings']['Networks'] or {}
+    modes = {
+        kind: (host.get(key) or '').partition('container:')[2] for kind, key in _NAMESPACES.items()
+    }
+    return Container(
+        id=entry['Id'],
+        name=entry['Names'][0].lstrip('/') if entry['Names'] else entry['Id'],
+        service=labels['com.docker.compose.service'],
+        number=labels.get('com.docker.compose.container-number', ''),
+        state=state,
+        exit_code=found.get('ExitCode')
+        if state not in (State.CREATED, State.RUNNING, State.PAUSED)
+        else None,
+        note='out of memory' if found.get('OOMKilled') else found.get('Error', ''),
+        health=status if status != 'none' else '',
+        since=_read_time(found.get('StartedAt' if state in _ALIVE else 'FinishedAt', '')),
+        grace=_DEFAULT_GRACE if grace is None else float(grace),
+        networks={name: network.get('NetworkID') or name for name, network in networks.items()},
+        owners={owner: kind for kind, owner in modes.items() if owner},
+        watched=labels.get('broapt.watch', '').lower() != 'false',
+        folder=labels.get('com.docker.compose.project.working_dir', ''),
+    )
+
+
+_NAMESPACES = {'network': 'NetworkMode', 'pid': 'PidMode', 'ipc': 'IpcMode'}
+
+
+def _read_time(text: str) -> float:
+    """Return the seconds since 1970 of a time such as 2026-11-25T13:41:31.967303858Z."""
+    found = re.fullmatch(r'(\d{4}.{15})(\.\d+)?(Z|[+-]\d\d:\d\d)', text)
+    if not found:
+        return 0.0
+    zone = found.group(3).replace('Z', '+00:00').replace(':', '')
+    moment = datetime.datetime.strptime(found.group(1) + zone, '%Y-%m-%dT%H:%M:%S%z')
+    return max(0.0, moment.timestamp()) + float(found.group(2) or 0)
+
+
+def _read_services(
+    config: Mapping[str, Any], project: str, profiles: Optional[Set[str]]
+) -> Dict[str, Service]:
+    """Return the services that `compose config` printed. *profiles*: those of 1.x, which prints what is off, too."""
+    services = {}
+    names = {}
+    for name, own in config['services'].items():
+        names[own.get('container_name') or f'{project}-{name}-1'] = name
+    for name, own in config['services'].items():
+        scale = own.get('scale', (own.get('deploy') or {}).get('replicas'))
+        switched_off = (
+            profiles is not None and 'profiles' in own and profiles.isdisjoint(own['profiles'])
+        )
+        owners = []
+        for mode in ('network_mode', 'pid', 'ipc'):
+            kind, _, owner = (own.get(mode) or '').partition(':')
+            owners.append({'service': owner, 'container': names.get(owner, '')}.get(kind, ''))
+        depends_on = {}
+        for other, needed in (own.get('depends_on') or {}).items():
+            if needed and needed.get('required', True):
+                depends_on[other] = needed.get('condition', '')
+        services[name] = Service(
+            scale=0 if switched_off or 'provider' in own else int(1 if scale is None else scale),
+            left=_LABEL
+            if str((own.get('labels') or {}).get('broapt.watch')).lower() == 'false'
+            else '',
+            owners=tuple(filter(None, owners)),
+            depends_on=depends_on,
+            provided='provider' in own,
+        )
+    return services
+
+
+_LABEL = 'labelled broapt.watch=false'
+_YAML_LINE = re.compile(r'( *)(?:- (.+)|(\'.*?\'|".*?"|[^\s\'"-].*?):(?: (.*))?)')
+
+
+def _parse_yaml(text: str) -> Dict[str, Any]:
+    """Return the mappings that `docker-compose config` of 1.x printed, with what a list holds as the keys of one.
+
+    Its YAML is in canonical form, two spaces a level. What is indented below a scalar is the scalar's text.
+    """
+    root: Dict[str, Any] = {}
+    levels = [root]  # the mappings that are open, from the outermost on
+    for found in filter(None, map(_YAML_LINE.fullmatch, text.splitlines())):
+        indent, item, key, value = found.groups()
+        depth = len(indent) // 2 + (1 if item else 0)
+        if depth < len(levels):
+            del levels[depth + 1 :]
+            child: Dict[str, Any] = {}
+            levels[depth][(item or key).strip('\'"')] = (
+                child if value in (None, '', '{}') else value.strip('\'"')
+            )
+            if value in (None, ''):
+                levels.append(child)
+    return root
+
+
+# -- decide ----------------------------------------------------------------------------------------
 class Verb(enum.Enum):
-    """What mends a fault: the word for it in the log, then the command and its arguments."""
+    """What is done about a fault, in the word that the log has for it when it is done."""
 
-    UNPAUSE = ('unpaused', 'docker', 'unpause')
-    START = ('started', 'docker', 'start')
-    RESTART = ('restarted', 'docker', 'restart')
-    REMOVE = ('removed', 'docker', 'rm', '--force', '--volumes')
-    # --no-deps: what a service depends on is watched itself, and `up` would run finished one-shot services again.
-    CREATE = ('created', 'compose', 'up', '--detach', '--no-recreate', '--no-deps')
-    UP = ('brought up', 'compose', 'up', '--detach', '--no-deps')
-    # --force-recreate: Compose 1.29 does not see that a container's network is gone.
-    RECREATE = ('created anew', 'compose', 'up', '--detach', '--force-recreate', '--no-deps')
+    LEAVE = 'left alone'
+    UNPAUSE = 'unpaused'
+    START = 'started'
+    RESTART = 'restarted'
+    REMOVE = 'removed'
+    CREATE = 'created'
+    UP = 'brought up'
+    RECREATE = 'created anew'
 
-    def __init__(self, done: str, tool: str, *arguments: str) -> None:
-        self.done, self.tool, self.arguments = done, tool, arguments
+
+_UP = {  # by Compose. --no-deps: what a service depends on is watched itself, and `up` would run one-shots again
+    Verb.CREATE: ('--no-recreate', '--no-deps'),
+    Verb.UP: ('--no-deps',),
+    Verb.RECREATE: ('--force-recreate', '--no-deps'),  # it keeps the anonymous volumes
+}
 
 
 class Streak(NamedTuple):
-    """Repairs that followed each other with less than ten seconds of running in between."""
+    """Repairs that followed each other without what ends a streak. Times are seconds of a monotonic clock."""
 
     repairs: int = 0
     began: float = 0.0  # when the first fault was seen
     ended: float = -math.inf  # end of the last repair
+    ill: bool = False  # the last one was for its health: only being healthy ends the streak
+    error: str = ''  # why the last one failed
+    failures: int = 0  # in a row, with this error
 
 
 class Action(NamedTuple):
-    """A repair of one fault, due now or later. Times are seconds of a monotonic clock."""
+    """What is done about one fault, now or later, or why nothing is."""
 
     verb: Verb
     service: str
-    container: str  # id; '' where containers are missing
-    label: str
+    container: Optional[Container]  # None where some are missing
     cause: str
+    why: str = ''  # it is left alone
+    wanted: bool = True  # that it be otherwise; False: somebody has told us to leave it
     since: float = 0.0  # when the fault was first seen
-    due: float = 0.0
+    due: float = math.inf
     streak: Streak = Streak()  # the repairs before this one
 
     @property
-    def key(self) -> Tuple[Verb, str]:
-        """What tells one fault from another."""
-        return self.verb, self.container or self.service
-
-    def target(self, verb: Verb) -> str:
-        """What the command of *verb* names."""
-        return self.container if verb.tool == 'docker' else self.service
+    def key(self) -> str:
+        """What its repairs count for: this container, or the service's missing ones."""
+        return self.container.id if self.container else self.service
 
     @property
-    def line(self) -> str:
-        """What its repairs count for: the service; but unpausing does not count, and only its failures make it wait."""
-        return self.container if self.verb is Verb.UNPAUSE else self.service
+    def plan(self) -> str:
+        """What will be done, or why nothing is."""
+        return self.why if self.verb is Verb.LEAVE else f'will be {self.verb.value}'
+
+    @property
+    def touched(self) -> List[str]:
+        """The id, or the service, that nothing else may be done to meanwhile."""
+        return [self.key, self.service] if self.verb in _UP else [self.key]
+
+    @property
+    def label(self) -> str:
+        """What the log calls it."""
+        return self.container.label if self.container else self.service
 
 
 class History(NamedTuple):
     """What decide() needs to know of the past."""
 
-    since: Mapping[Tuple[Verb, str], float] = {}  # Action.key -> when a fault was first seen that is not being repaired yet
-    streaks: Mapping[str, Streak] = {}  # Action.line -> its last repairs
+    seen: Mapping[
+        Tuple[Verb, str], float
+    ] = {}  # when a fault was first seen that waits for its repair
+    streaks: Mapping[str, Streak] = {}  # by Action.key
+    crashed: FrozenSet[str] = frozenset()  # ids of containers whose process ended by itself
 
 
-def decide(containers: Containers, services: Services, now: float, history: History, settings: Settings) -> List[Action]:
-    """Return a repair for each fault, due at once or later. Pure.
+def decide(
+    containers: Containers, services: Services, now: float, history: History, settings: Settings
+) -> List[Action]:
+    """Return what is to be done about each fault, now, later or not at all. Pure.
 
     *containers*: newest first; *now*: seconds of a monotonic clock.
     """
     actions = []
-    for action in _find_faults([c for c in containers if c.service in services], services, settings):
-        since = history.since.get(action.key, now)
-        streak = history.streaks.get(action.line, Streak())
-        if since - streak.ended >= _STEADY:
-            streak = Streak(began=since)
-        delay = min(2.0 ** min(streak.repairs - 1, 9), _LONGEST_DELAY) if streak.repairs else 0.0
-        due = since + max(delay, settings.settle)
-        actions.append(action._replace(since=since, due=due, streak=streak))
+    for action in _find_faults(
+        [c for c in containers if c.service in services], services, settings
+    ):
+        if action.verb is not Verb.LEAVE:
+            since = history.seen.get((action.verb, action.key), now)
+            streak = history.streaks.get(action.key, Streak())
+            if since - streak.ended >= _STEADY and not streak.ill:
+                streak = Streak(began=since)
+            delay = (
+                min(2.0 ** min(streak.repairs - 1, 9), _LONGEST_DELAY) if streak.repairs else 0.0
+            )
+            at_once = action.key in history.crashed or action.cause == 'unhealthy'
+            due = since + max(delay, 0.0 if at_once else settings.settle)
+            action = action._replace(since=since, due=due, streak=streak)
+        actions.append(action)
     return actions
 
 
 def _find_faults(own: Containers, services: Services, settings: Settings) -> Iterator[Action]:
     for container in own:
-        verb, cause = _find_verb(container, own, services, settings)
-        if verb and container.watched and services[container.service].watched:
-            yield Action(verb, container.service, container.id, container.label, cause)
-    for name, cause in _find_missing(own, services):
-        if services[name].watched and _may_begin(name, own, services):
-            yield Action(Verb.CREATE, name, '', name, cause)
-
-
-def _find_missing(own: Containers, services: Services) -> Iterator[Tuple[str, str]]:
+        verb, cause, why = _judge(container, own, services, settings)
+        left = services[container.service].left if container.watched else _LABEL
+        if verb is not None and left:
+            yield Action(Verb.LEAVE, container.service, container, cause, left, wanted=False)
+        elif verb is not None:
+            yield Action(verb, container.service, container, cause, why)
     for name, service in services.items():
-        missing = service.scale - sum(c.service == name for c in own)
+        missing = service.scale - len({c.number for c in own if c.service == name})
         if missing > 0:
-            yield name, 'missing' if service.scale == 1 else '{} of {} missing'.format(missing, service.scale)
+            cause = 'missing' if service.scale == 1 else f'{missing} of {service.scale} missing'
+            why = service.left or _find_obstacle(name, own, services)
+            verb = Verb.LEAVE if why else Verb.CREATE
+            yield Action(verb, name, None, cause, why, wanted=not service.left)
 
 
-def _find_verb(container: Container, own: Containers, services: Services, settings: Settings) -> Tuple[Optional[Verb], str]:
-    """Return what has to be done about this container, and why; None: nothing, or not yet."""
-    state, cause, network_of = container.state, container.condition, services[container.service].network_of
-    owner = next((c for c in reversed(own) if c.service == network_of), None)
-    if state is State.PAUSED:
-        return Verb.UNPAUSE, cause
-    if state is State.DEAD:
-        return Verb.REMOVE, cause
-    if state in (State.RESTARTING, State.REMOVING) or _is_being_replaced(container, own):
-        return None, 'Docker, or somebody, is at it'
-    if network_of and (owner is None or owner.state is not State.RUNNING):
-        return None, 'it cannot run before the one whose network it uses'
-    if owner and own.index(owner) < own.index(container):
-        return Verb.RECREATE, 'its network is gone'  # it was made for the network of an older one
-    if state is State.RUNNING and owner and owner.age < container.age:
-        return Verb.RESTART, 'its network is gone'  # a container that is started anew gets a new network
-    if state is State.RUNNING:
-        return Verb.RESTART if container.health == 'unhealthy' and settings.unhealthy is Unhealthy.RESTART else None, cause
-    if state is State.CREATED and not _may_begin(container.service, own, services):
-        return None, 'what it depends on is not there yet'
-    return None if _has_done_its_job(container, services) else Verb.START, cause
+_Judgement = Tuple[
+    Optional[Verb], str, str
+]  # what is to be done (None: all is well), the fault, why it is left alone
 
 
-def _has_done_its_job(container: Container, services: Services) -> bool:
-    wanted = [service.depends_on.get(container.service) for service in services.values()]
-    return container.state is State.EXITED and container.exit_code == 0 and 'service_completed_successfully' in wanted
-
-
-def _is_being_replaced(container: Container, own: Containers) -> bool:
-    # During an `up --force-recreate`, two containers bear one number: Compose 2.x creates the new one beside the old one
-    # running, 1.29 beside the old one stopped. So only the newest is touched, and not while an older one runs.
+def _judge(
+    container: Container, own: Containers, services: Services, settings: Settings
+) -> _Judgement:
+    """Judge one container by the table of the contract."""
+    state, cause = container.state, container.condition
     twins = [c for c in own if (c.service, c.number) == (container.service, container.number)]
-    return twins[0] is not container or any(c.state in _ALIVE for c in twins[1:])
+    if state is State.PAUSED:
+        return Verb.UNPAUSE, cause, ''
+    if state is State.DEAD:
+        return Verb.REMOVE, cause, ''
+    if state in (State.RESTARTING, State.REMOVING):
+        return Verb.LEAVE, cause, 'Docker is at it'
+    # During an `up --force-recreate`, two containers bear one number: Compose 2.x creates the new one beside the
+    # old one running, 1.29 beside the old one stopped. So only the newest is touched, and not while an older one runs.
+    if state is not State.RUNNING and (
+        twins[0] is not container or any(c.state in _ALIVE for c in twins[1:])
+    ):
+        return Verb.LEAVE, cause, 'left over from an interrupted recreate: it will not be touched'
+    if container.lost or container.owners:
+        judgement = _judge_surroundings(container, own, services)
+        if judgement is not None:
+            return judgement
+    if state is State.RUNNING:
+        if container.health != 'unhealthy' or twins[0] is not container:
+            return None, '', ''
+        if settings.unhealthy is Unhealthy.IGNORE:
+            return Verb.LEAVE, cause, 'told to ignore health'
+        return Verb.RESTART, cause, ''
+    if _is_done(container, services):
+        return None, '', ''
+    why = _find_obstacle(container.service, own, services) if state is State.CREATED else ''
+    return Verb.LEAVE if why else Verb.START, cause, why
 
 
-def _may_begin(name: str, own: Containers, services: Services) -> bool:
-    """Tell whether what a service needs before its first start is there, as far as it is watched.
+def _judge_surroundings(
+    container: Container, own: Containers, services: Services
+) -> Optional[_Judgement]:
+    """Judge whether what the container was made for is still there; None: it is."""
+    if container.lost:
+        alone = [c.service for c in own].count(container.service) == 1
+        why = _find_obstacle(container.service, own, services)
+        verb = Verb.RECREATE if alone else Verb.REMOVE  # siblings would be created anew, too
+        return Verb.LEAVE if why else verb, f'{container.lost} is gone', why
+    for name, kind in container.owners.items():
+        for owner in own:
+            if name not in (owner.id, owner.name):
+                continue
+            if owner.state not in (State.RUNNING, State.PAUSED):
+                unwatched = services[owner.service].left or not owner.watched
+                why = f"its {kind}'s owner is not running" + (
+                    ' and not watched' if unwatched else ''
+                )
+                return Verb.LEAVE, container.condition, why
+            if container.state is State.RUNNING and owner.since > container.since:
+                return Verb.RESTART, f'its {kind} is gone: {owner.label} was started after it', ''
+    return None
 
-    That something is merely started first is left to Compose; the rest it would wait for, and hold up all other repairs.
+
+def _is_done(container: Container, services: Services) -> bool:
+    wanted = [service.depends_on.get(container.service) for service in services.values()]
+    return (
+        container.exit_code == 0
+        and container.state is State.EXITED
+        and 'service_completed_successfully' in wanted
+    )
+
+
+def _find_obstacle(name: str, own: Containers, services: Services) -> str:
+    """Return what a service waits for before its first start, as far as it is watched; '' if that is all there.
+
+    That something is merely started first is left to Compose; the rest it would wait for, and hold up all others.
     """
     for other, condition in services[name].depends_on.items():
         needed = [c for c in own if c.service == other]
-        met = {
-            'service_completed_successfully': any(c.exit_code == 0 for c in needed),
-            'service_healthy': any(c.state is State.RUNNING and c.health == 'healthy' for c in needed),
-        }
-        if other in services and services[other].watched and services[other].scale and not met.get(condition, True):
-            return False
-    owner = services[name].network_of
-    return not owner or any(c.service == owner and c.state is State.RUNNING for c in own)
+        if other not in services or services[other].left or not services[other].scale:
+            continue
+        if condition == 'service_completed_successfully' and not any(
+            c.exit_code == 0 for c in needed
+        ):
+            return f'waits for {other} to complete'
+        if condition == 'service_healthy' and not any(c.health == 'healthy' for c in needed):
+            return f'waits for {other} to be healthy'
+    for owner in services[name].owners:
+        if not any(c.service == owner and c.state is State.RUNNING for c in own):
+            return f'waits for {owner} to run'
+    return ''
 
 
-# -- the watcher -----------------------------------------------------------------------------------------------------
-class _Task(threading.Thread):
-    """A thread that keeps what its function raises; concurrent.futures would refuse once the host's main thread has ended."""
+# -- the stack -------------------------------------------------------------------------------------
+_PROJECT = 'com.docker.compose.project'
+_SERVICE = 'com.docker.compose.service'
+_HASH = 'com.docker.compose.config-hash'
+_POST = {Verb.UNPAUSE: 'unpause', Verb.START: 'start', Verb.RESTART: 'restart'}
 
-    def __init__(self, wake: threading.Event, function: Callable[..., Any], *arguments: Any) -> None:
-        super().__init__(target=function, args=arguments, daemon=True)
-        self.wake, self.ended = wake, False
-        self.error: Optional[Exception] = None
 
-    def run(self) -> None:
-        """Call the function, then set *wake*."""
+def _start_thread(function: Callable[..., Any], *arguments: Any) -> threading.Thread:
+    thread = threading.Thread(target=function, args=arguments, daemon=True)
+    try:
+        thread.start()
+    except (
+        RuntimeError
+    ):  # none to be had, as in Python 3.12 once the main thread has ended: then in this one
+        function(*arguments)
+    return thread
+
+
+def _in_parallel(function: Callable[[Any], Any], items: Iterable[Any]) -> None:
+    """Call the function for each item, side by side; when all have ended, raise one of their errors."""
+    errors: List[Exception] = []
+
+    def call(item: Any) -> None:
         try:
-            super().run()
+            function(item)
         except Exception as error:
-            self.error = error
+            errors.append(error)
+
+    for thread in [_start_thread(call, item) for item in items]:
+        if thread.ident:
+            thread.join()
+    if errors:
+        raise errors[0]
+
+
+class _Stack:
+    """The containers of one Compose project: what is declared, what is there, and what can be done to it."""
+
+    def __init__(self, settings: Optional[Settings], notify: Callable[[str], Any] = str) -> None:
+        self.settings = Settings.load() if settings is None else settings
+        self.notify = notify  # takes messages for the service manager
+        self.command = self.settings.compose_command or ('docker', 'compose')
+        try:
+            folder = os.getcwd()
+        except FileNotFoundError:  # somebody has removed it
+            folder = '/'
+        self.place = _Place(folder, {})
+        self.home = os.path.dirname((*self.settings.docker_compose, folder + '/')[0])
+        self.endpoint = self.project = ''
+        self.legacy = False  # Compose 1.x
+        self.services: Dict[str, Service] = {}  # as declared when they were last read
+        self.known: Dict[str, Container] = {}  # as seen last, by id
+        self.images: Dict[str, Any] = {}  # id -> the label that tells a copy of a container
+        self.hold_file, self.hold_trouble = os.path.join(self.home, '.broapt-hold'), ''
+        self.flag: Optional[UpFlag] = None  # commands and requests are cancelled when it is lowered
+        self._engine: Optional[_Engine] = None
+
+    def __getstate__(self) -> Dict[str, Any]:
+        return {**self.__dict__, '_engine': None, 'flag': None}  # each process has its own
+
+    # -- how it is reached
+
+    @property
+    def engine(self) -> _Engine:
+        """The engine that the docker command would use, found once and pinned for Compose too."""
+        if self._engine is None:
+            at = self.command.index('compose') if 'compose' in self.command[1:] else 0
+            docker = self.command[:at] or ('docker',)
+            if not self.endpoint:
+                self.endpoint = self._find_endpoint(docker)
+            dial = functools.partial(_Process, (*docker, 'system', 'dial-stdio'), self.place)
+            self._engine = _Engine(self.endpoint, self.settings.timeout, dial)
+        self._engine.flag = self.flag
+        return self._engine
+
+    def _find_endpoint(self, docker: Sequence[str]) -> str:
+        form = '{{.Name}} {{.Endpoints.docker.Host}}'
+        try:
+            told = _run(
+                (*docker, 'context', 'inspect', '--format', form),
+                self.settings.timeout,
+                self.place,
+                self.flag,
+            )
+        except ComposeError as error:
+            if error.returncode != 127:  # the shell's word for: no such command
+                raise
+            told = ''
+        name, _, endpoint = told.strip().partition(' ')
+        if not endpoint:  # no docker command, or podman's
+            given = os.environ.get('DOCKER_HOST', '')
+            endpoint = given if given.startswith('unix://') else 'unix:///var/run/docker.sock'
+        if name in ('', 'default') or endpoint.startswith('unix://'):
+            self.place.environment['DOCKER_HOST'] = endpoint
+        else:  # certificates or ssh belong to it
+            self.place.environment['DOCKER_CONTEXT'] = name
+        return endpoint
+
+    def compose(
+        self, *arguments: str, limit: float = 0.0, show: Callable[[bytes], Any] = len
+    ) -> str:
+        """Return what Compose printed; its deadline is *limit* seconds, the timeout if that is 0."""
+        files = [word for file in self.settings.docker_compose for word in ('--file', file)]
+        command = (*self.command, *files, *arguments)
+        return _run(command, limit or self.settings.timeout, self.place, self.flag, show)
+
+    # -- what is declared
+
+    def read_services(self) -> None:
+        """Read what the Compose files declare; if that fails another time, go on by what they said before."""
+        try:
+            config = self._read_config()
+            if not config.get('services'):
+                raise ComposeError((*self.command, 'config'), 0, '', 'it names no services')
+        except ComposeError as error:
+            if not self.services:
+                raise
+            _warn(f'the Compose file cannot be read; going on by what it said before: {error}')
+            return
+        self.project = config.get('name', self.project)
+        profiles = set(os.environ.get('COMPOSE_PROFILES', '').split(','))
+        profiles.update(
+            after for word, after in zip(self.command, self.command[1:]) if word == '--profile'
+        )
+        self.services = _read_services(config, self.project, profiles if self.legacy else None)
+
+    def _read_config(self) -> Dict[str, Any]:
+        if self.legacy:
+            return _parse_yaml(self.compose('config'))
+        command = self.command
+        try:
+            return dict(json.loads(self.compose('config', '--format', 'json')))
+        except ValueError as error:
+            raise ComposeError(
+                (*command, 'config'), 0, '', f'its answer is not understood: {error}'
+            ) from None
+        except ComposeError:
+            self.legacy = self._is_legacy()
+            if not self.legacy and self.command == command:
+                raise
+        return self._read_config()
+
+    def _is_legacy(self) -> bool:
+        """Tell whether this is Compose 1.x. If docker has no compose, docker-compose stands in for it."""
+        try:
+            version = self.compose('version')
+        except ComposeError as error:
+            absent = error.returncode == 127 or re.search(
+                'is not a docker command|unknown command', error.stderr
+            )
+            if self.settings.compose_command or not absent:
+                raise
+            self.command = ('docker-compose',)
+            version = self.compose('version')
+        if not re.search(r'version v?1\.', version):
+            return False
+        engine = self.engine.request('GET', '/version')['ApiVersion'].split('.')
+        if (int(engine[0]), int(engine[1])) > (1, 44):  # 1.x reads a field that was dropped then
+            self.place.environment.setdefault('COMPOSE_API_VERSION', '1.44')
+        return True
+
+    def find_project(self) -> None:
+        """Learn the project's name from a container, where Compose doesn't tell it."""
+        if self.legacy:
+            ids = self.compose('ps', '--all', '--quiet').split()[:1]
+            found = [
+                self.engine.request('GET', f'/containers/{ident}/json')['Config'] for ident in ids
+            ]
+        else:  # its files can't be read
+            found = self._list_containers(f'{_PROJECT}.working_dir={self.home}')
+        names = {entry['Labels'][_PROJECT] for entry in found}
+        self.project = names.pop() if len(names) == 1 else ''
+
+    # -- what is there
+
+    def _list(self, path: str, **filters: str) -> List[Dict[str, Any]]:
+        query = json.dumps({kind: [value] for kind, value in filters.items()})
+        return list(self.engine.request('GET', path, all=1, filters=query))
+
+    def _list_containers(self, label: str) -> List[Dict[str, Any]]:
+        """Return what the engine's list says of the containers with this label, newest first."""
+        return sorted(
+            self._list('/containers/json', label=label), key=lambda entry: -int(entry['Created'])
+        )
+
+    def observe(self, named: Optional[Set[str]] = None) -> List[Container]:
+        """Return all containers of the project but one-offs, newest first. The only reader.
+
+        One list, and an inspect for each container that is new, among the *named* (None: all are), or not
+        plainly running: right after an event, the list may still show the state before it.
+        """
+        if not self.project:
+            self.find_project()
+        if not self.project:
+            return []
+        try:
+            entries = self._list_containers(f'{_PROJECT}={self.project}')
+            own = {
+                entry['Id']: entry
+                for entry in entries
+                if self._is_own(entry['Labels'], entry['ImageID'])
+            }
+            known = {
+                ident: self.known[ident] for ident in own if not self._is_stale(own[ident], named)
+            }
+            stale = [own[ident] for ident in own if ident not in known]
+            _in_parallel(functools.partial(self._inspect, known), stale)
+            self.known = known
+            containers = [
+                known[ident] for ident in own if ident in known
+            ]  # an inspected one may be gone
+            return self._find_losses(containers, entries)
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            path = ('GET', '/containers')
+            raise ComposeError(path, None, '', f'its answer is not understood: {error!r}') from None
+
+    def _is_stale(self, entry: Mapping[str, Any], named: Optional[Set[str]]) -> bool:
+        """Tell whether more than the list must be asked about a container."""
+        known = self.known.get(entry['Id'])
+        if known is None or named is None or entry['Id'] in named:
+            return True
+        plain = entry['State'] == 'running' and 'unhealthy' not in entry['Status']
+        return not plain or known.state is not State.RUNNING or known.health not in ('', 'healthy')
+
+    def _is_own(self, labels: Mapping[str, str], image: str) -> bool:
+        """Tell whether Compose has made this container for a service.
+
+        Not so a one-off of `compose run`, nor what somebody runs from an image that `docker commit` made of a
+        container: it has that one's labels from its image.
+        """
+        if (
+            labels.get('com.docker.compose.oneoff') == 'True'
+            or 'com.docker.compose.service' not in labels
+        ):
+            return False
+        if image not in self.images:
+            try:
+                config = self.engine.request('GET', f'/images/{image}/json')['Config'] or {}
+            except ComposeError as error:
+                if error.returncode != 404:  # somebody has removed it
+                    raise
+                config = {}
+            self.images[image] = (config.get('Labels') or {}).get(_HASH)
+        return self.images[image] is None or self.images[image] != labels.get(_HASH)
+
+    def _inspect(self, known: Dict[str, Container], entry: Mapping[str, Any]) -> None:
+        details: Dict[str, Any] = {}
+        try:
+            path = f'/containers/{entry["Id"]}/json'
+            details = self.engine.request('GET', path, min(_INSPECT_LIMIT, self.settings.timeout))
+        except ComposeError as error:
+            if error.returncode == 404:  # it has just been removed
+                return
+            logger.debug('%s', error)  # the engine is busy with it: then the list's word
+        known[entry['Id']] = _read_container(entry, details)
+
+    def _find_losses(
+        self, containers: Containers, entries: Sequence[Mapping[str, Any]]
+    ) -> List[Container]:
+        """Return the containers with what they were made for and is gone."""
+        present = {
+            word
+            for entry in entries
+            for word in (entry['Id'], *(name[1:] for name in entry['Names']))
+        }
+        networks = None
+        found = []
+        for container in containers:
+            lost = ''
+            if container.networks and container.state not in _ALIVE:
+                if networks is None:
+                    networks = {
+                        word
+                        for network in self._list('/networks')
+                        for word in (network['Id'], network['Name'])
+                    }
+                lost = ', '.join(
+                    f'its network {name}'
+                    for name, ident in container.networks.items()
+                    if ident not in networks
+                )
+            for owner, kind in container.owners.items():
+                if owner not in present and not self._exists(owner):
+                    lost = f'the container whose {kind} it shares'
+            found.append(container._replace(lost=lost))
+        return found
+
+    def _exists(self, container: str) -> bool:
+        try:
+            self.engine.request('GET', f'/containers/{container}/json', _INSPECT_LIMIT)
+        except ComposeError as error:
+            return error.returncode != 404
+        return True
+
+    def get_own(self, containers: Containers) -> List[Container]:
+        """Return those of this folder: another one's stack may have the same project name."""
+        here = [c for c in containers if os.path.realpath(c.folder) == os.path.realpath(self.home)]
+        return here or [c for c in containers if c.service in self.services or not self.services]
+
+    def list_networks(self) -> List[str]:
+        """Return the ids of the project's networks."""
+        if not self.project:
+            return []
+        return [
+            network['Id'] for network in self._list('/networks', label=f'{_PROJECT}={self.project}')
+        ]
+
+    # -- what can be done
+
+    def act(self, verb: Verb, actions: Sequence[Action]) -> None:
+        """Do this about the faults; several only where Compose does it."""
+        if verb in _UP:
+            services = sorted({action.service for action in actions})
+            self.compose('up', '--detach', *_UP[verb], *services, limit=10 * self.settings.timeout)
+            return
+        for container in [action.container for action in actions if action.container]:
+            if verb is Verb.REMOVE:
+                self.remove(container)
+            else:
+                self.post(_POST[verb], container)
+
+    def post(self, what: str, container: Container) -> None:
+        """Unpause, start, restart, stop or kill a container; it has its grace period to stop."""
+        engine, query = self.engine, {}
+        if what in ('stop', 'restart'):
+            query['t'] = int(container.grace)  # without it, podman kills at once
+        engine.request(
+            'POST', f'/containers/{container.id}/{what}', engine.limit + container.grace, **query
+        )
+
+    def remove(self, container: Container) -> None:
+        """Delete a container with its anonymous volumes."""
+        try:
+            self.engine.request('DELETE', f'/containers/{container.id}', force=1, v=1)
+        except ComposeError as error:
+            if error.returncode not in (404, 409):  # somebody else has, or is about to
+                raise
+
+    def remove_network(self, network: str) -> None:
+        """Delete a network, unless something else uses it."""
+        try:
+            self.engine.request('DELETE', f'/networks/{network}')
+        except ComposeError as error:
+            if error.returncode not in (403, 404, 409):
+                raise
+            logger.info('network %s stays: %s', network[:12], error.reason)
+
+    # -- the beginning and the end
+
+    def start(self) -> None:
+        """Bring the stack up, without a deadline; what a failed start has created is undone."""
+        _in_parallel(lambda job: job(), (self.read_services, lambda: self.engine))
+        before, networks = self.observe(), self.list_networks()
+        try:
+            self._prepare(before)
+            with contextlib.closing(_Outlet(sys.stderr)) as outlet:
+                self.compose('up', '--build', '--detach', limit=math.inf, show=outlet.write)
+        except (ComposeError, _Cancelled) as error:
+            self.flag = None
+            if self.settings.on_exit is OnExit.STOP:
+                self._undo(before, networks, error)
+            raise
+        if not self.project:
+            self.find_project()
+
+    def _prepare(self, containers: Containers) -> None:
+        """Mend what `up` can't: what is paused, dead, or has lost what it was made for."""
+        for action in decide(containers, self.services, 0.0, History(), self.settings):
+            if action.verb in (Verb.UNPAUSE, Verb.REMOVE, Verb.RECREATE):
+                try:
+                    self.act(action.verb, [action])
+                except ComposeError as error:
+                    logger.warning(
+                        '%s: %s, not %s: %s', action.label, action.cause, action.verb.value, error
+                    )
+
+    def _undo(self, before: Containers, networks: Sequence[str], error: Exception) -> None:
+        """Delete what has come since *before*, and stop what did not run then."""
+        if isinstance(error, _Cancelled):
+            threading.Event().wait(1.0)  # the engine still ends what it was asked for
+        try:
+            there, replaced = {c.id: c for c in before}, {(c.service, c.number) for c in before}
+            now = self.observe()
+            made = [c for c in now if c.id not in there and (c.service, c.number) not in replaced]
+            for container in made:
+                if container.state is not State.RUNNING or container.health == 'unhealthy':
+                    self._show_log(container)
+            _in_parallel(self.remove, made)
+            idle = [c for c in now if c.id in there and there[c.id].state not in _ALIVE]
+            _in_parallel(
+                functools.partial(self.post, 'stop'), [c for c in idle if c.state in _ALIVE]
+            )
+            _in_parallel(self.remove_network, set(self.list_networks()) - set(networks))
+        except ComposeError as trouble:
+            _warn(f'what the failed start has created could not be removed: {trouble}')
+
+    def _show_log(self, container: Container) -> None:
+        """Log the last lines that a container wrote, before it goes."""
+        path, query = f'/containers/{container.id}/logs', {'stdout': 1, 'stderr': 1, 'tail': 10}
+        with self.engine.ask('GET', path, self.engine.limit, query) as (_, answer):
+            raw = answer.read() if answer.status == 200 else b''
+        text = re.sub(rb'[\0-\2]\0\0\0....', b'', raw, flags=re.DOTALL)  # headers of the parts
+        for line in text.decode('utf-8', 'replace').splitlines():
+            logger.error('%s: %s: %s', container.label, container.condition, _one_line(line))
+
+    def stop(self) -> None:
+        """Stop the stack gracefully, kill what outlasts its time, and clean up in any case."""
+        self.flag = None
+        own: List[Container] = []
+        try:
+            if not self.services:
+                self.read_services()
+        except ComposeError as error:
+            logger.error('%s; stopping the stack nevertheless', error)
+        try:
+            own = self.get_own(self.observe())
+            paused = [c for c in own if c.state is State.PAUSED]
+            _in_parallel(
+                functools.partial(self.post, 'unpause'), paused
+            )  # else they can't stop gracefully
+        except ComposeError as error:
+            logger.error('%s; stopping the stack nevertheless', error)
+        grace = max([c.grace for c in own], default=_DEFAULT_GRACE)
+        logger.info('stopping the stack (up to %g s)', grace)
+        try:
+            self.compose('stop', limit=self.settings.timeout + grace)
+        except ComposeError as error:
+            logger.error('%s; stopping the containers one by one', error)
+        try:  # also what Compose leaves: services of a profile, or that are not in its file any more
+            own = self._end('stop')
+        except ComposeError as error:
+            logger.error('%s; killing the containers', error)
+            own = self._end('kill')
         finally:
-            self.ended = True
-            self.wake.set()
+            try:
+                self._clean_up(own)
+            except ComposeError as error:
+                _warn(f'the clean-up failed: {error}')
+
+    def _end(self, what: str) -> List[Container]:
+        own = self.get_own(self.observe())
+        _in_parallel(functools.partial(self.post, what), [c for c in own if c.state in _ALIVE])
+        return own
+
+    def _clean_up(self, own: Containers) -> None:
+        """Delete what the setting *prune* says."""
+        prune = self.settings.prune
+        if prune is not Prune.NONE and any(service.provided for service in self.services.values()):
+            self.compose('down')  # the providers want to be told
+        if prune is Prune.SYSTEM:
+            _run(
+                ('docker', 'system', 'prune', '--volumes', '--force'),
+                self.settings.timeout,
+                self.place,
+            )
+        elif prune is Prune.PROJECT and not self.project:
+            self.compose(
+                'down'
+            )  # 1.x: a start that failed before its first container may have left a network
+        elif prune is Prune.PROJECT:
+            try:
+                _in_parallel(self.remove, own)
+                _in_parallel(self.remove_network, self.list_networks())
+            finally:
+                # Only Compose 2.x labels the images that it builds. One that is in use stays: hence prune.
+                query = {'dangling': ['true'], 'label': [f'{_PROJECT}={self.project}']}
+                self.engine.request('POST', '/images/prune', filters=json.dumps(query))
+
+    # -- what somebody wants to be left alone
+
+    def read_holds(self) -> Dict[str, float]:
+        """Return until when which service is on hold, in seconds since 1970."""
+        try:
+            with open(self.hold_file, encoding='utf-8') as file:
+                holds = {str(name): float(until) for name, until in json.load(file).items()}
+            trouble = ''
+        except FileNotFoundError:
+            holds, trouble = {}, ''
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            holds, trouble = {}, f'{self.hold_file} cannot be read, so nothing is on hold: {error}'
+        if trouble and not self.hold_trouble:
+            _warn(trouble)
+        self.hold_trouble = trouble
+        now = time.time()
+        return {name: until for name, until in holds.items() if now < until <= now + _LONGEST_HOLD}
+
+    def write_holds(self, holds: Mapping[str, float]) -> None:
+        """Replace the file of holds, as a whole or not at all."""
+        temporary = f'{self.hold_file}.{os.getpid()}'
+        with open(temporary, 'w', encoding='utf-8') as file:
+            json.dump(holds, file)
+        os.replace(temporary, self.hold_file)
+
+    def get_services(self, holds: Mapping[str, float]) -> Dict[str, Service]:
+        """Return the declared services; those on hold are left alone."""
+        services = dict(self.services)
+        for name in services.keys() & holds.keys():
+            services[name] = services[name]._replace(
+                left=f'on hold until {_clock_time(holds[name])}'
+            )
+        return services
+
+
+def _clock_time(moment: float) -> str:
+    return time.strftime('%H:%M', time.localtime(moment))
+
+
+# -- the watcher -----------------------------------------------------------------------------------
+_EVENTS = (
+    'create start kill die stop oom pause unpause destroy remove health_status'.split()
+)  # podman: remove
+_RELOADS = (
+    '1',
+    '10',
+    '12',
+    '28',
+)  # HUP, USR1, USR2, WINCH: they ask for something else than the end
 
 
 class _Watch:
-    """Observe, decide, act, over and over. Repairs run in threads, so that a slow one holds up no other service."""
+    """Observe, decide, act, over and over. Repairs run in threads, so that a slow one holds up no other."""
 
     def __init__(self, stack: _Stack, clock: Callable[[], float] = time.monotonic) -> None:
         self.stack, self.settings, self.clock = stack, stack.settings, clock
         stack.flag = UP_FLAG
         self.wake = threading.Event()  # set when there is something to look at
-        self.woken = -math.inf  # when the last event came
+        self.events: Deque[Dict[str, Any]] = collections.deque()  # that came since the last look
+        self.results: Deque[Tuple[Verb, Action, Optional[Exception], float]] = collections.deque()
+        self.since = 0.0  # the engine's time up to which all events have been seen
+        self.in_doubt = True  # whether the list tells all that changed: events may have been missed
+        self.killed: Dict[str, Tuple[float, str]] = {}  # by somebody: when, and by which signal
         self.history = History()
-        self.known: Any = None  # ids of the containers seen when the Compose files were read; None: read them
-        self.repairs: List[Tuple[_Task, Verb, Sequence[Action], float]] = []  # under way, and since when
-        # One Compose command at a time: two would create the same network twice.
-        self.turns: Any = {'docker': threading.Semaphore(16), 'compose': threading.Lock()}
+        self.declared: Optional[Set[str]] = (
+            None  # ids seen when the files were read; None: read them
+        )
+        self.holds: Dict[str, float] = {}
+        self.busy: List[str] = []  # ids, and services, that are being repaired
+        self.turn = threading.Lock()  # for Compose: two would create the same network twice
+        self.threads: List[threading.Thread] = []
         self.failures = 0  # repairs that failed
         self.outage: Optional[float] = None  # when Docker stopped to answer
 
     def close(self) -> None:
         """End what is under way."""
         UP_FLAG.value = False
-        for task in [task for task, *_ in self.repairs if not task.ended]:
-            task.join()
+        for thread in self.threads:
+            if thread.ident:
+                thread.join()
 
     def run(self) -> None:
         """Watch until the flag is lowered."""
-        follower, over = threading.Thread(target=self.follow_events, daemon=True), threading.Event()
-        with UP_FLAG.when_lowered(over.set), UP_FLAG.when_lowered(self.wake.set), contextlib.closing(self):
+        follower, over = threading.Thread(target=self._follow, daemon=True), threading.Event()
+        with UP_FLAG.when_lowered(over.set), UP_FLAG.when_lowered(
+            self.wake.set
+        ), contextlib.closing(self):
             while not over.is_set():
                 timeout = self.settings.interval
                 try:
                     timeout = self.cycle()
                     if self.stack.project and not follower.ident:
-                        with contextlib.suppress(RuntimeError):  # no thread to be had: the interval will do
+                        with contextlib.suppress(
+                            RuntimeError
+                        ):  # no thread to be had: the interval will do
                             follower.start()
                 except _Cancelled:
                     pass
@@ -803,173 +1733,304 @@ class _Watch:
         if follower.ident:
             follower.join()
 
-    def follow_events(self) -> None:
-        """Wake the watcher at each event until the flag is lowered, from one stream after the other."""
-        until, over = '', threading.Event()
+    def _follow(self) -> None:
+        """Collect events until the flag is lowered, from one stream after the other."""
+        over, engine = threading.Event(), self.stack.engine
+        filters = {
+            'type': ['container'],
+            'event': _EVENTS,
+            'label': [f'{_PROJECT}={self.stack.project}'],
+        }
         with UP_FLAG.when_lowered(over.set):
             while not over.is_set():
-                began = self.clock()
-                with contextlib.suppress(_Cancelled, ComposeError, OSError, ValueError):  # for now, the interval will do
-                    until = self.stack.follow_events(until, self.note_event)
-                if self.clock() - began < _STREAM_LIFE - 5:
-                    until = ''  # lost before its time: nobody knows what was missed
-                    over.wait(min(self.settings.interval, _STREAM_LIFE / 2))
-
-    def note_event(self, _: bytes) -> None:
-        """Have the watcher look, for whatever this event tells."""
-        self.woken = self.clock()
-        self.wake.set()
+                try:
+                    self.since = self.since or engine.get_time()
+                    for event in engine.follow(
+                        since=f'{self.since:.9f}', filters=json.dumps(filters)
+                    ):
+                        self.since = event['time']
+                        self.events.append(event)
+                        self.wake.set()
+                except (_Cancelled, ComposeError, KeyError) as error:
+                    logger.debug('%s', error)
+                self.in_doubt = True
+                self.wake.set()
+                over.wait(min(self.settings.interval, 2.0))
 
     def cycle(self) -> float:
         """Take one look and begin what is due; return the seconds until the next look is wanted."""
-        self.finish_repairs()
-        now, interval = self.clock(), self.settings.interval
+        woken = bool(self.events)
+        named = self._take_events()
+        self.take_results()
+        now = self.clock()
         try:
-            containers = self.stack.observe()
-            ids = {c.id for c in containers}
-            if self.known is None or not self.repairs and not ids.issubset(self.known):  # somebody has deployed, perhaps changes
-                self.stack.read_services()
-                self.known = ids
+            containers = self._look(named)
         except ComposeError as error:
-            self.history = self.history._replace(since={})  # nothing is repaired on the strength of old knowledge
-            if self.outage is None:
-                self.outage = now
-                _warn('Docker does not answer; trying again every {:g} s: {}'.format(interval, error))
-            return min(interval, max(0.1, now - self.outage))  # soon at first: it may be a moment's trouble only
+            return self._suffer(error, now)
         if self.outage is not None:
             logger.info('Docker answers again, after %.0f s', now - self.outage)
             self.outage = None
-        ago = now - self.woken  # a new fault began with the last event, if that came just now
-        actions = decide(containers, self.stack.services, self.woken if ago < 1.0 else now, self.history, self.settings)
-        busy = {action.service for _, _, group, _ in self.repairs for action in group}
-        actions = [action for action in actions if action.service not in busy]
-        for action in actions:
-            if action.streak.repairs + 1 >= _LOOP and action.key not in self.history.since:
-                _warn(_describe_loop(action, now))
-        waiting = [action for action in actions if action.due > now]
-        self.history = self.history._replace(since={action.key: action.since for action in waiting})
+        services = self.stack.get_services(self._note_holds())
+        actions = decide(containers, services, now, self.history, self.settings)
+        actions = [a for a in actions if a.key not in self.busy and a.service not in self.busy]
+        self._tell(actions, now, woken)
+        due = [action for action in actions if action.due <= now]
+        waiting = [action for action in actions if now < action.due < math.inf]
+        self.history = self.history._replace(seen={(a.verb, a.key): a.since for a in waiting})
         for verb in Verb:
-            due = [action for action in actions if action.verb is verb and action not in waiting]
-            for group in [due] if verb.tool == 'compose' else [[action] for action in due]:
-                self._begin(verb, group, now)
-        status = '; '.join('{}: {}'.format(action.label, action.cause) for action in actions)
+            group = [action for action in due if action.verb is verb]
+            # Only by Compose several at once: it takes its time for each command.
+            for some in [group] if verb in _UP else [[action] for action in group]:
+                self._begin(some, now)
+        self._report(containers, actions)
+        return (
+            min([now + self.settings.interval, *(action.due for action in waiting)]) - self.clock()
+        )
+
+    # -- what has happened
+
+    def take_results(self) -> None:
+        """Take note of the repairs that have ended."""
+        while self.results:
+            self._record(*self.results.popleft())
+
+    def _take_events(self) -> Set[str]:
+        """Note what the events tell; return the ids of the containers that they name."""
+        named = set()
+        while self.events:
+            event = self.events.popleft()
+            kind, _, _ = event['Action'].partition(':')
+            ident, told = event['Actor']['ID'], event['Actor']['Attributes']
+            moment, signum = self.killed.get(ident, (0.0, ''))
+            named.add(ident)
+            if kind in ('kill', 'stop', 'destroy', 'remove'):
+                self._note_deed(event, (ident, told.get(_SERVICE, '')))
+            if kind == 'die' and not (
+                signum and (signum not in _RELOADS or event['time'] - moment < _STEADY)
+            ):
+                self.history = self.history._replace(crashed=self.history.crashed | {ident})
+            if kind in ('start', 'destroy', 'remove'):
+                self.killed.pop(ident, None)
+                self.history = self.history._replace(crashed=self.history.crashed - {ident})
+        return named
+
+    def _note_deed(self, event: Mapping[str, Any], keys: Sequence[str]) -> None:
+        """Note what somebody did to a container: the count of its repairs begins anew."""
+        streaks = dict(self.history.streaks)
+        for key in keys:
+            recent = self.clock() - streaks.get(key, Streak()).ended < 1.0
+            if key in self.busy or recent:
+                return  # it was us
+        for key in keys:
+            streaks.pop(key, None)
+        self.history = self.history._replace(streaks=streaks)
+        if event['Action'] == 'kill':
+            self.killed[keys[0]] = (event['time'], event['Actor']['Attributes'].get('signal', '9'))
+
+    def _look(self, named: Set[str]) -> List[Container]:
+        """Return the containers, having read the Compose files anew if somebody has deployed."""
+        in_doubt, self.in_doubt = self.in_doubt, False
+        try:
+            containers = self.stack.observe(None if in_doubt else named)
+            ids = {c.id for c in containers}
+            if self.declared is None or not self.busy and not ids <= self.declared:
+                self.stack.read_services()
+                self.declared = ids
+        except BaseException:
+            self.in_doubt = True
+            raise
+        kept = {}
+        for key, streak in self.history.streaks.items():
+            healed = streak.ill and any(c.id == key and c.health == 'healthy' for c in containers)
+            if not healed and (key in ids or key in self.stack.services):
+                kept[key] = streak
+        self.history = self.history._replace(streaks=kept)
+        return containers
+
+    def _suffer(self, error: ComposeError, now: float) -> float:
+        """Take note that Docker does not answer: nothing is repaired on the strength of old knowledge."""
+        self.history = self.history._replace(seen={})
+        if self.outage is None:
+            self.outage = now
+            _warn(
+                f'Docker does not answer; trying again every {self.settings.interval:g} s: {error}'
+            )
+        return min(self.settings.interval, max(0.1, now - self.outage))  # soon at first
+
+    def _note_holds(self) -> Dict[str, float]:
+        before, self.holds = self.holds, self.stack.read_holds()
+        for name in sorted(self.holds.keys() - before.keys()):
+            logger.info('%s: on hold until %s', name, _clock_time(self.holds[name]))
+        for name in sorted(before.keys() - self.holds.keys()):
+            logger.info('%s: not on hold any more', name)
+        return self.holds
+
+    def _tell(self, actions: Sequence[Action], now: float, woken: bool) -> None:
+        """Warn of crash loops; let the events be followed anew if they did not tell of a fault."""
+        fresh = [
+            a
+            for a in actions
+            if a.verb is not Verb.LEAVE and (a.verb, a.key) not in self.history.seen
+        ]
+        for action in fresh:
+            streak = action.streak
+            if streak.repairs + 1 >= _LOOP:
+                told = (
+                    f'{action.label}: crash loop: {action.cause}, repaired {streak.repairs} times'
+                )
+                _warn(
+                    f'{told} in {now - streak.began:.0f} s; next try in {max(0.0, action.due - now):.0f} s'
+                )
+        if fresh and not woken and self.since:
+            self.stack.engine.cut_stream()
+
+    def _report(self, containers: Containers, actions: Sequence[Action]) -> None:
+        status = '; '.join(f'{action.label}: {action.cause}' for action in actions if action.wanted)
         running = [c.state is State.RUNNING for c in containers if c.service in self.stack.services]
-        self.stack.notify('STATUS={}\nWATCHDOG=1'.format(status or '{} of {} running'.format(sum(running), len(running))))
-        wanted = [now + interval, *(action.due for action in waiting)]
-        if ago < _AFTERMATH:
-            wanted.append(now + max(0.1 if self.repairs else 0.01, ago))  # a look slows a repair down
-        return min(wanted) - self.clock()
+        self.stack.notify(
+            f'STATUS={status or f"{sum(running)} of {len(running)} running"}\nWATCHDOG=1'
+        )
 
-    def _begin(self, verb: Verb, group: Sequence[Action], began: float) -> None:
-        """Mend faults of one kind in a thread. Only for Compose are there several at once: it takes its time for each command."""
+    # -- repairs
+
+    def _begin(self, group: Sequence[Action], now: float) -> None:
         if group:
-            task = _Task(self.wake, self._mend, verb, sorted({action.target(verb) for action in group}))
-            try:
-                task.start()
-            except RuntimeError:  # no thread to be had, as in Python 3.12 once the main thread has ended: then in this one
-                task.run()
-            self.repairs.append((task, verb, group, began))
+            for action in group:
+                self.busy += action.touched
+            self.threads = [thread for thread in self.threads if thread.is_alive()]
+            self.threads.append(_start_thread(self._mend, group[0].verb, group, now))
 
-    def _mend(self, verb: Verb, targets: Sequence[str]) -> None:
-        with self.turns[verb.tool]:
-            if verb.tool == 'compose':
-                self.stack.compose(*verb.arguments, *targets, more=lambda: 9 * self.settings.timeout)
-            else:
-                self.stack.docker(*verb.arguments, *targets)
+    def _mend(self, verb: Verb, group: Sequence[Action], began: float) -> None:
+        """Repair, in a thread, and leave the outcome for the watcher.
 
-    def finish_repairs(self) -> None:
-        """Take note of the repairs that have ended.
-
-        Compose brings up what Docker could not start. Where Compose failed for several, each gets a command of its own.
+        Where Compose failed for several, each gets a command of its own; what fails may have something else to try.
         """
-        ended = [repair for repair in self.repairs if repair[0].ended]
-        self.repairs = [repair for repair in self.repairs if repair not in ended]
-        for task, verb, group, began in ended:
-            error = task.error
-            if error is not None and verb is Verb.START and not isinstance(error, _Cancelled):
-                logger.info('%s; bringing %s up instead', error, group[0].label)
-                self._begin(Verb.UP, group, began)
-            elif error is not None and len(group) > 1:
-                for action in group:
-                    self._begin(verb, [action], began)
-            elif not isinstance(error, _Cancelled):
-                for action in group:
-                    self._record(verb, action, error, began)
-
-    def _record(self, verb: Verb, action: Action, error: Optional[BaseException], began: float) -> None:
-        """Remember a repair: the next one of this service may have to wait."""
-        if error is not None or action.verb not in (Verb.UNPAUSE, Verb.REMOVE) and action.cause != State.CREATED.value:
-            streak = Streak(action.streak.repairs + 1, action.streak.began, self.clock())
-            self.history = self.history._replace(streaks={**self.history.streaks, action.line: streak})
-        if error is not None:
-            self.failures += 1
-            logger.error('%s: %s, not %s: %s', action.label, action.cause, verb.done, error)
+        error: Optional[Exception] = None
+        turn: Any = self.turn if verb in _UP else contextlib.ExitStack()
+        try:
+            with turn:
+                self.stack.act(verb, group)
+        except _Cancelled:
+            return
+        except Exception as failure:
+            error = failure
+        # An `up` of a service with siblings could create those anew, or scale them away.
+        alone = self.stack.services.get(group[0].service, Service()).scale == 1
+        instead = {Verb.START: Verb.UP if alone else None, Verb.RECREATE: Verb.REMOVE}.get(verb)
+        if error and len(group) > 1:
+            for action in group:
+                self._mend(verb, [action], began)
+        elif error and instead:
+            logger.info('%s: %s, not %s: %s', group[0].label, group[0].cause, verb.value, error)
+            self._mend(instead, group, began)
         else:
-            logger.info('%s: %s -> %s (%.2f s)', action.label, action.cause, verb.done, self.clock() - began)
-        if verb.tool == 'compose':
-            self.known = None  # perhaps the service is not declared any more, or with another scale
+            self.results.extend((verb, action, error, began) for action in group)
+            self.wake.set()
+
+    def _record(self, verb: Verb, action: Action, error: Optional[Exception], began: float) -> None:
+        """Remember a repair: the next one of the same may have to wait."""
+        for key in action.touched:
+            self.busy.remove(key)
+        streak, now = action.streak, self.clock()
+        if verb in _UP:
+            self.declared = (
+                None  # perhaps the service is not declared any more, or with another scale
+            )
+        if error is None:
+            logger.info(
+                '%s: %s -> %s (%.2f s)', action.label, action.cause, verb.value, now - began
+            )
+            failures, ill = 0, action.cause == 'unhealthy'
+        else:
+            self.failures += 1
+            logger.error('%s: %s, not %s: %s', action.label, action.cause, verb.value, error)
+            failures, ill = 1 + streak.failures * (streak.error == str(error)), streak.ill
+        if failures == _LOOP:
+            _warn(
+                f'{action.label}: not {verb.value} {failures} times for the same reason: {error}. {_ADVICE}'
+            )
+        first_start = action.container and action.container.state is State.CREATED
+        if error is not None or verb not in (Verb.UNPAUSE, Verb.REMOVE) and not first_start:
+            streak = Streak(streak.repairs + 1, streak.began, now, ill, str(error or ''), failures)
+            self.history = self.history._replace(
+                streaks={**self.history.streaks, action.key: streak}
+            )
 
 
-def _describe_loop(action: Action, now: float) -> str:
-    count, began = action.streak.repairs + 1, action.streak.began
-    ordinal = str(count) + ('th' if 10 < count % 100 < 14 else {1: 'st', 2: 'nd', 3: 'rd'}.get(count % 10, 'th'))
-    text = '{}: crash loop, {} for the {} time in {:.0f} s; next try in {:.0f} s'
-    return text.format(action.label, action.cause, ordinal, now - began, action.due - now)
+_ADVICE = (
+    'It is tried again, less and less often, until somebody mends that, or puts the service on hold'
+)
 
 
+# -- the watcher in a process ----------------------------------------------------------------------
 def _watch_in_process(stack: _Stack, begun: threading.Event) -> None:
     """Keep a watcher process running while the flag is up; set *begun* once there is the first."""
     import multiprocessing.connection
+    import multiprocessing.process
 
     lowered, stack.flag = threading.Event(), None
     with UP_FLAG.when_lowered(lowered.set):
         while not lowered.is_set():
-            theirs, ours = multiprocessing.Pipe(duplex=False)  # says nothing; its end is what counts
-            process = multiprocessing.Process(target=_process_main, args=(theirs, ours, stack, logger.level), daemon=True)
-            with contextlib.closing(theirs), contextlib.closing(ours), UP_FLAG.when_lowered(ours.close):
+            theirs, ours = multiprocessing.Pipe(
+                duplex=False
+            )  # says nothing; its end is what counts
+            process = multiprocessing.Process(
+                target=_process_main, args=(theirs, ours, stack, logger.level)
+            )
+            with contextlib.closing(theirs), contextlib.closing(ours), UP_FLAG.when_lowered(
+                ours.close
+            ):
                 try:
                     process.start()
+                except (
+                    OSError,
+                    AssertionError,
+                    RuntimeError,
+                ) as error:  # such as: daemonic processes have no children
+                    _warn(f'no watcher process can be started: {error}')
                     begun.set()
-                    multiprocessing.connection.wait([process.sentinel, theirs])
-                except (OSError, AssertionError, RuntimeError) as error:  # such as: daemonic processes can't have children
-                    if not lowered.is_set():
-                        _warn('no watcher process can be started ({}); watching in a thread'.format(error))
-                    begun.set()
-                    return _Watch(stack).run()
+                    lowered.wait(stack.settings.interval)
+                    continue
+                # Else a process forked from the host would end it at its own exit: it ends with the pipe.
+                multiprocessing.process._children.discard(process)  # type: ignore[attr-defined]
+                begun.set()
+                multiprocessing.connection.wait([process.sentinel, theirs])
             process.join(2)
-            if process.pid and process.exitcode is None:
+            if process.exitcode is None and process.pid:
                 os.kill(process.pid, signal.SIGKILL)
             if not lowered.wait(_RESPAWN):
-                _warn('the watcher process has died (exit code {}); starting it again'.format(process.exitcode))
+                _warn(
+                    f'the watcher process has died (exit code {process.exitcode}); starting it again'
+                )
 
 
 def _process_main(theirs: Any, ours: Any, stack: _Stack, level: int) -> None:
     """Watch in a process of its own, until the parent closes its end of the pipe or is gone."""
     ours.close()  # with this copy open, the end of the parent would go unnoticed
-    for signum in (signal.SIGINT, stack.settings.kill_signal):
-        signal.signal(signum, lambda *_: None)  # the parent's business; not SIG_IGN, which commands would inherit
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # how multiprocessing ends it if the host does not
-    UP_FLAG.__init__()  # type: ignore[misc]  # a forked copy has the parent's callbacks
+    for signum in (signal.SIGINT, signal.SIGHUP, stack.settings.kill_signal):
+        signal.signal(
+            signum, lambda *_: None
+        )  # the parent's business; not SIG_IGN, which commands would inherit
+    stack._engine = None  # a forked copy has the parent's connections
+    UP_FLAG.value = True
     if stack.notify is _notify:  # on the command line: a process that is not forked has to be told
         _set_up_logging(level)
-    watcher, parent = threading.Thread(target=_Watch(stack).run, daemon=True), os.getppid()
-    with contextlib.suppress(KeyboardInterrupt):
-        watcher.start()
-        while watcher.is_alive() and not theirs.poll(1.0) and os.getppid() == parent:  # a fork of it may hold the pipe open
-            pass
+    watcher, parent = _start_thread(_Watch(stack).run), os.getppid()
+    while (
+        watcher.is_alive() and not theirs.poll(1.0) and os.getppid() == parent
+    ):  # a fork of it may hold the pipe open
+        pass
     UP_FLAG.value = False
     watcher.join()
 
 
-# -- the functions for the host --------------------------------------------------------------------------------------
+# -- the functions for the host --------------------------------------------------------------------
 def start_container(settings: Optional[Settings] = None) -> None:
     """Bring the stack up (`up --build --detach`), unpausing first what was left paused. There is no deadline.
 
-    Raises ComposeError if Docker or Compose fails, ValueError for a bad setting.
+    Raises ComposeError if Docker or Compose fails: what it has created is removed then. ValueError for a bad setting.
     """
-    stack = _Stack(settings)
-    stack.prepare()
-    stack.start()
+    _Stack(settings).start()
 
 
 def stop_container(settings: Optional[Settings] = None) -> None:
@@ -983,8 +2044,7 @@ def stop_container(settings: Optional[Settings] = None) -> None:
 def watch_container(settings: Optional[Settings] = None) -> None:
     """Watch and repair the stack, in this thread, until UP_FLAG is lowered.
 
-    That Docker does not answer is a ComposeWarning, and it goes on trying. Raises ComposeError only if there is no
-    Compose command at all, ValueError for a bad setting.
+    That Docker does not answer is a ComposeWarning, and it goes on trying. Raises ValueError for a bad setting.
     """
     _Watch(_Stack(settings)).run()
 
@@ -992,73 +2052,124 @@ def watch_container(settings: Optional[Settings] = None) -> None:
 def docker_compose(settings: Optional[Settings] = None) -> ContextManager[UpFlag]:
     """Return a context manager: inside, the stack is up and watched; at the end it is stopped and cleaned up.
 
-    It gives UP_FLAG. Entering raises ComposeError if the stack can't be started (all is undone then); a bad setting is a
-    ValueError. What the body raises comes out again after the clean-up, which no further signal interrupts.
+    It gives UP_FLAG. Entering raises ComposeError if the stack can't be started (what that has created is undone);
+    a bad setting is a ValueError. What the body raises comes out again after the clean-up, which no further signal
+    interrupts. In a process forked inside, the end of the copied block does nothing.
     """
     return _supervise(_Stack(settings))
+
+
+class _Start(threading.Thread):
+    """The start of a stack. In a thread: in the main one, a signal while a process is being started would lose it."""
+
+    def __init__(self, stack: _Stack) -> None:
+        super().__init__(daemon=True)
+        self.stack = stack
+        self.ended = threading.Event()
+        self.error: Optional[Exception] = None
+
+    def run(self) -> None:
+        """Start the stack, and keep what goes wrong."""
+        try:
+            self.stack.start()
+        except Exception as error:
+            self.error = error
+        finally:
+            self.ended.set()
+
+    def wait(self) -> None:
+        """Wait for the end, and raise what went wrong."""
+        _wait(self.ended)
+        if isinstance(self.error, _Cancelled):
+            raise ComposeError(
+                (*self.stack.command, 'up'), None, '', 'the flag was lowered'
+            ) from None
+        if self.error is not None:
+            raise self.error
+
+    def has_succeeded(self) -> bool:
+        """Wait for the end, if it was begun, and tell whether the stack is up."""
+        if self.ident is not None:
+            _wait(self.ended)
+        return self.ident is not None and self.error is None
 
 
 @contextlib.contextmanager
 def _supervise(stack: _Stack) -> Iterator[UpFlag]:
     process = sys.modules.get('multiprocessing.process')
-    if process is not None and getattr(process.current_process(), '_inheriting', False):  # a watcher process that starts
-        raise RuntimeError("docker_compose() must stand under `if __name__ == '__main__':`, as multiprocessing wants it")
-    UP_FLAG.value = True
-    stack.prepare()
-    stack.flag, failed = UP_FLAG, True
-    started, begun = threading.Event(), threading.Event()
-    start = _Task(started, stack.start)  # in a thread: here, a signal that comes while it starts a process would lose it
-    in_process = stack.settings.watcher is Watcher.PROCESS
-    watch = functools.partial(_watch_in_process, stack, begun) if in_process else _Watch(stack).run
-    watcher = threading.Thread(target=watch, name='broapt-watchdog', daemon=True)
-    signals = (int(signal.SIGINT), stack.settings.kill_signal)
+    if process is not None and getattr(process.current_process(), '_inheriting', False):
+        raise RuntimeError(
+            "docker_compose() must stand under `if __name__ == '__main__':`, as multiprocessing wants it"
+        )
+    owner, failed = os.getpid(), True
+    signals = (int(signal.SIGINT), int(signal.SIGHUP), stack.settings.kill_signal)
     _Signals.number, _Signals.deaf_until = stack.settings.kill_signal, 0.0
+    UP_FLAG.value = True
+    stack.flag = UP_FLAG
+    start, begun = _Start(stack), threading.Event()
+    watch = _watch_in_process if stack.settings.watcher is Watcher.PROCESS else _watch_in_thread
+    watcher = threading.Thread(
+        target=watch, args=(stack, begun), name='broapt-watchdog', daemon=True
+    )
     with _handling(signals):
         try:
             try:
                 start.start()
-                while not started.wait(1.0):  # no endless wait: the kernel may give a signal to another thread
-                    pass
-                if start.error is not None:
-                    raise start.error
+                start.wait()
                 watcher.start()
-                while in_process and watcher.is_alive() and not begun.wait(0.1):
-                    pass  # a fork amid the body's own subprocesses would hold their pipes open
+                _wait(begun)  # a fork amid the body's own subprocesses would hold their pipes open
                 stack.notify('READY=1')
                 yield UP_FLAG
                 failed = False
-            except _Cancelled:
-                raise ComposeError((*stack.settings.compose_command, 'up'), None, '', 'the flag was lowered') from None
             finally:
-                _Signals.deaf_until = math.inf  # from here on, further signals are only noted
+                if os.getpid() == owner:
+                    _Signals.deaf_until = math.inf  # from here on, further signals are only noted
         finally:  # nested, for a signal may come before that
-            with _handling(signals):  # again: the body may have changed the handlers, as asyncio does
-                _end(stack, [start, watcher], failed)
-            _Signals.deaf_until = 0.0
+            if os.getpid() == owner:
+                with _handling(
+                    signals
+                ):  # again: the body may have changed the handlers, as asyncio does
+                    _end(stack, start, watcher, failed)
+                _Signals.deaf_until = 0.0
 
 
-def _end(stack: _Stack, threads: Sequence[threading.Thread], failed: bool) -> None:
-    logger.info('stopping the stack')
+def _wait(event: threading.Event) -> None:
+    while not event.wait(1.0):  # no endless wait: the kernel may give a signal to another thread
+        pass
+
+
+def _watch_in_thread(stack: _Stack, begun: threading.Event) -> None:
+    begun.set()
+    _Watch(stack).run()
+
+
+def _end(stack: _Stack, start: _Start, watcher: threading.Thread, failed: bool) -> None:
     stack.notify('STOPPING=1')
     UP_FLAG.value = False
-    for thread in threads:
-        if thread.is_alive():
-            thread.join(10)  # it ends at once, except in a host that is just being torn down
+    if watcher.is_alive():
+        watcher.join(10)  # it ends at once, except in a host that is just being torn down
+    if not start.has_succeeded():
+        return  # it has undone what it did
+    if stack.settings.on_exit is OnExit.LEAVE:
+        logger.info('leaving the containers as they are')
+        return
     try:
         stack.stop()
     except ComposeError as error:
         if not failed:
             raise
-        _warn('the stack could not be stopped: {}'.format(error))  # what went wrong before comes out
+        _warn(f'the stack could not be stopped: {error}')  # what went wrong before comes out
 
 
-# -- signals ---------------------------------------------------------------------------------------------------------
+# -- signals ---------------------------------------------------------------------------------------
 class _Signals:
     """What the signal handler knows. Plain attributes, since a handler must take no lock."""
 
     number: Optional[int] = None  # the kill signal
     previous: Dict[int, Any] = {}  # the handlers that flask_exit replaced
-    deaf_until = 0.0  # monotonic: for a second from a signal on, which PyInstaller's bootloader repeats, and in the clean-up
+    deaf_until = (
+        0.0  # monotonic: a second from a signal on, as PyInstaller repeats it, and in the clean-up
+    )
     noted: List[int] = []  # signals that came while deaf
 
 
@@ -1076,7 +2187,12 @@ def flask_exit(signum: Optional[int] = None, frame: Any = None) -> None:
         environ.get('werkzeug.server.shutdown', lambda: os.kill(os.getpid(), kill_signal))()
     elif time.monotonic() < _Signals.deaf_until:
         _Signals.noted.append(signum)
-    elif _Signals.previous.get(signum) not in (None, signal.SIG_DFL, signal.SIG_IGN, signal.default_int_handler):
+    elif _Signals.previous.get(signum) not in (
+        None,
+        signal.SIG_DFL,
+        signal.SIG_IGN,
+        signal.default_int_handler,
+    ):
         _Signals.previous[signum](signum, frame)
     else:
         _Signals.deaf_until = time.monotonic() + 1.0
@@ -1087,7 +2203,9 @@ def register(settings: Optional[Settings] = None) -> None:
     """Make flask_exit the handler of the kill signal. Raises ValueError outside the main thread, or for a bad setting."""
     number = (Settings.load() if settings is None else settings).kill_signal
     if threading.current_thread() is not threading.main_thread():
-        raise ValueError('register() must be called in the main thread: Python handles signals there')
+        raise ValueError(
+            'register() must be called in the main thread: Python handles signals there'
+        )
     _Signals.number, _Signals.deaf_until = number, 0.0
     if signal.getsignal(number) is not flask_exit:
         _Signals.previous[number] = signal.signal(number, flask_exit)
@@ -1098,39 +2216,53 @@ def _handling(signals: Iterable[int]) -> Iterator[None]:
     """Let flask_exit handle these signals, unless they are ignored; at the end, tell which came in the clean-up."""
     main = threading.current_thread() is threading.main_thread()  # only there can they be handled
     kept = (flask_exit, signal.SIG_IGN, None)  # None: Python could not put that handler back
-    replaced = {s: signal.signal(s, flask_exit) for s in signals if main and signal.getsignal(s) not in kept}
+    replaced = {
+        s: signal.signal(s, flask_exit) for s in signals if main and signal.getsignal(s) not in kept
+    }
+    owner = os.getpid()
     _Signals.previous.update(replaced)
     try:
         yield
     finally:
-        for signum, handler in replaced.items():
+        for signum, handler in replaced.items() if os.getpid() == owner else ():
             signal.signal(signum, handler)
             _Signals.previous.pop(signum, None)
-        while _Signals.noted:
+        while _Signals.noted and os.getpid() == owner:
             name = signal.Signals(_Signals.noted.pop(0)).name
             logger.info('%s came when the end was under way already; it changed nothing', name)
 
 
-# -- the command line ------------------------------------------------------------------------------------------------
+# -- the command line ------------------------------------------------------------------------------
+_LOOKING = ('docker_compose', 'timeout', 'unhealthy', 'mode', 'compose_command')
+_COMMANDS: Mapping[str, Tuple[str, Sequence[str]]] = {  # with the settings that each takes
+    'run': ('bring the stack up, watch it, and stop it at the signal (default)', Settings._fields),
+    'check': ('look once, repair what is wrong, and exit', ('settle', *_LOOKING)),
+    'status': ('print a table of services and containers', _LOOKING),
+    'hold': ('leave services alone for a while, to work on them by hand', _LOOKING),
+    'release': ('watch them again', _LOOKING),
+}
+
+
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the command line; return the exit code: 0 fine, 1 Docker failed or a fault was found, 2 bad usage or setting."""
     arguments = _parse_arguments(argv)
-    command, dry_run, as_json, level = map(arguments.pop, ('command', 'dry_run', 'json', 'level'))
-    _set_up_logging(level)
+    outlet = _set_up_logging(arguments.pop('level'))
+    command = arguments.pop('command') or 'run'
+    given = {field: arguments.pop(field) for field in Settings._fields if field in arguments}
     try:
-        settings = Settings.load(**arguments)
+        settings = Settings.load(**given)
         if command == 'run':
             return _run_until_signal(settings)
-        stack = _Stack(settings)
-        stack.read_services()
-        code = _status(stack, as_json) if command == 'status' else _explain(stack) if dry_run else _check(stack)
+        code = _FUNCTIONS[command](_Stack(settings), **arguments)
         print(end='', flush=True)
         return code
     except KeyboardInterrupt:
         return 0 if command == 'run' else 1
     except (ValueError, ComposeError, OSError) as error:
-        print('broapt_compose: {}'.format(error), file=sys.stderr)
+        outlet.write(f'broapt_compose: {error}\n')
         return 2 if isinstance(error, ValueError) else 1
+    finally:
+        outlet.close()
 
 
 def _parse_arguments(argv: Optional[Sequence[str]]) -> Dict[str, Any]:
@@ -1139,57 +2271,123 @@ def _parse_arguments(argv: Optional[Sequence[str]]) -> Dict[str, Any]:
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> Any:
             """Exit with 2 and one line, without argparse's usage."""
-            self.exit(2, '{}: {}; --help lists what is accepted\n'.format(self.prog, message))
+            self.exit(2, f'{self.prog}: {message}; --help lists what is accepted\n')
 
-    table = {field.lower(): texts for field, *texts in re.findall('BROAPT_(\\w+) +(.+?)  +(.+)', __doc__ or '')}
-    parser = Parser('broapt_compose', description=(__doc__ or '').split('\n')[0],
-                    epilog='Every setting can also come from the environment, for example BROAPT_INTERVAL.')  # fmt: skip
-    commands = 'run: up, watch, stop at the signal (default); check: look once, and repair; status: a table'
-    parser.add_argument('command', nargs='?', choices=('run', 'check', 'status'), default='run', help=commands)
-    for field, (flags, parse, _) in _OPTIONS.items():
-        metavar, action = flags.split()[0][2:].upper(), 'append' if parse is _parse_files else 'store'
-        text = '{} (default: {})'.format(*table.get(field, ('', '')))
-        parser.add_argument(*flags.split(), dest=field, metavar=metavar, action=action, help=text)
-    parser.add_argument('--dry-run', action='store_true', help='with check: tell what would be done and why, and do nothing')
-    parser.add_argument('--json', action='store_true', help='with status: print one JSON document')
-    level: Dict[str, Any] = {'dest': 'level', 'action': 'store_const', 'default': logging.INFO}
-    parser.add_argument('-v', '--verbose', const=logging.DEBUG, help='log every command', **level)
-    parser.add_argument('-q', '--quiet', const=logging.WARNING, help='log only warnings and errors', **level)
+    def add_options(parser: Any, fields: Iterable[str], hidden: bool) -> None:
+        levels = parser.add_argument_group('output')
+        for flags, level, text in _LEVELS:
+            text = argparse.SUPPRESS if hidden else text
+            levels.add_argument(
+                *flags.split(),
+                dest='level',
+                action='store_const',
+                const=level,
+                help=text,
+                default=argparse.SUPPRESS,
+            )
+        for field in fields:
+            option, default = _OPTIONS[field], Settings._field_defaults[field]
+            shown = getattr(default, 'value', default) or 'what Compose would take'
+            text = (
+                argparse.SUPPRESS
+                if hidden
+                else f'{option.help} (BROAPT_{field.upper()}; default: {shown})'
+            )
+            action = 'append' if option.parse is _parse_files else 'store'
+            parser.add_argument(
+                *option.flags.split(),
+                dest=field,
+                metavar=option.metavar,
+                action=action,
+                help=text,
+                default=argparse.SUPPRESS,
+            )
+
+    epilog = 'COMMAND --help lists its options. Exit codes: 0 fine; 1 Docker failed, or a fault was found; 2 bad usage or setting.'
+    parser = Parser('broapt_compose', description=(__doc__ or '').split('\n')[0], epilog=epilog)
     parser.add_argument('-V', '--version', action='version', version='%(prog)s ' + __version__)
-    arguments = vars(parser.parse_args(argv))
-    if arguments['dry_run'] and arguments['command'] != 'check' or arguments['json'] and arguments['command'] != 'status':
-        parser.error('--dry-run goes with check, --json with status')
-    return arguments
+    add_options(parser, _OPTIONS, hidden=True)  # before the command, too, and without one
+    commands = parser.add_subparsers(dest='command', metavar='COMMAND', title='commands')
+    for name, (text, fields) in _COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text)
+        add_options(command, fields, hidden=False)
+        if name == 'check':
+            command.add_argument(
+                '--dry-run',
+                action='store_true',
+                help='tell what would be done and why, and do nothing',
+            )
+        if name == 'status':
+            command.add_argument(
+                '--json', dest='as_json', action='store_true', help='print one JSON document'
+            )
+        if name in ('hold', 'release'):
+            command.add_argument('names', nargs='*', metavar='SERVICE', help='none: all of them')
+        if name == 'hold':
+            text = 'such as 90s, 30m or 2h, at most 24h (default: 1h)'
+            command.add_argument(
+                '--for', dest='span', type=_parse_span, metavar='TIME', default=3600.0, help=text
+            )
+    return {'level': logging.INFO, **vars(parser.parse_args(argv))}
 
 
-def _set_up_logging(level: int) -> None:
-    logging.basicConfig(format='%(asctime)s %(levelname)s %(message)s')
+_LEVELS = (
+    ('-v --verbose', logging.DEBUG, 'log every command'),
+    ('-q --quiet', logging.WARNING, 'log only warnings and errors'),
+)
+
+
+def _parse_span(text: str) -> float:
+    """Return the seconds of a time such as 30m."""
+    import argparse
+
+    found = re.fullmatch(r'(\d+)([smh])', text)
+    seconds = int(found.group(1)) * {'s': 1, 'm': 60, 'h': 3600}[found.group(2)] if found else 0
+    if not 0 < seconds <= _LONGEST_HOLD:
+        raise argparse.ArgumentTypeError(
+            f'{text!r} is not a time such as 90s, 30m or 2h, at most 24h'
+        )
+    return float(seconds)
+
+
+def _set_up_logging(level: int) -> _Outlet:
+    outlet = _Outlet(sys.stderr)
+    logging.basicConfig(format='%(asctime)s %(levelname)s %(message)s', stream=outlet)
     logging.raiseExceptions = False  # on a full disk, no tracebacks on top of what can't be written
     logger.setLevel(level)
     warnings.simplefilter('ignore', ComposeWarning)  # the log has them
+    return outlet
 
 
 def _run_until_signal(settings: Settings) -> int:
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where it is ignored, in the background of a script
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # also where it is ignored, in the background of a script
     register(settings)
-    usec = os.environ.get('WATCHDOG_USEC', '') if os.environ.get('WATCHDOG_PID', str(os.getpid())) == str(os.getpid()) else ''
-    if usec.isdigit():  # check twice as often as systemd wants to hear of it: sd_watchdog_enabled(3)
+    usec = (
+        os.environ.get('WATCHDOG_USEC', '')
+        if os.environ.get('WATCHDOG_PID', str(os.getpid())) == str(os.getpid())
+        else ''
+    )
+    if (
+        usec.isdigit()
+    ):  # check twice as often as systemd wants to hear of it: sd_watchdog_enabled(3)
         settings = settings._replace(interval=min(settings.interval, max(int(usec), 1) / 2e6))
     try:
         with _supervise(_Stack(settings, _notify)), contextlib.suppress(KeyboardInterrupt):
-            logger.info('the stack is up and watched; %s or Ctrl+C stops it', signal.Signals(settings.kill_signal).name)
-            while True:  # no endless wait: the kernel may give a signal to another thread
-                threading.Event().wait(1.0)
+            logger.info(
+                'the stack is up and watched; %s or Ctrl+C stops it',
+                signal.Signals(settings.kill_signal).name,
+            )
+            _wait(threading.Event())
         return 0
     finally:
-        for signum in (signal.SIGINT, settings.kill_signal):
+        for signum in (signal.SIGINT, signal.SIGHUP, settings.kill_signal):
             signal.signal(signum, signal.SIG_IGN)  # nothing is left to interrupt
 
 
 def _notify(text: str) -> None:
     """Tell systemd, if it listens: sd_notify(3)."""
-    import socket
-
     address = os.environ.get('NOTIFY_SOCKET', '')
     if address:
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
@@ -1197,62 +2395,145 @@ def _notify(text: str) -> None:
             sock.sendto(text.encode(), '\0' + address[1:] if address.startswith('@') else address)
 
 
-def _check(stack: _Stack) -> int:
-    """Repair what is wrong, once it has settled; return 1 if that failed."""
+def _look_once(stack: _Stack) -> Tuple[List[Container], List[Action]]:
+    """Return what is there, and each fault with what is done about it, for the eyes of people."""
+    containers, services = stack.observe(), stack.get_services(stack.read_holds())
+    return containers, decide(containers, services, 0.0, History(), stack.settings)
+
+
+def _check(stack: _Stack, dry_run: bool) -> int:
+    """Repair what is wrong, once it has settled; return 1 if a fault is left."""
+    if dry_run:
+        stack.read_services()
+        containers, actions = _look_once(stack)
+        for container in containers:
+            if container not in [action.container for action in actions]:
+                print(f'{container.label}: {container.condition}: nothing to do')
+        for action in actions:
+            print(f'{action.label}: {action.cause}: {action.plan}')
+        return 1 if any(action.wanted for action in actions) else 0
     watch = _Watch(stack)
     with contextlib.closing(watch):
         watch.cycle()
-        if watch.history.since:
+        if watch.history.seen:
             threading.Event().wait(stack.settings.settle)
             watch.cycle()
-        while watch.repairs:
+        while watch.busy:
             watch.wake.wait(1.0)
             watch.wake.clear()
-            watch.finish_repairs()
-    return 1 if watch.outage is not None or watch.failures else 0
-
-
-def _explain(stack: _Stack) -> int:
-    """Print for each container what would be done, and why."""
-    containers = stack.observe()
-    actions = decide(containers, stack.services, 0.0, History(), stack.settings)
-    for container in containers:
-        if container.id not in [action.container for action in actions]:
-            print('{}: {}: nothing to do'.format(container.label, container.condition))
-    for action in actions:
-        tool = stack.settings.compose_command if action.verb.tool == 'compose' else ('docker',)
-        command = _quote([*tool, *action.verb.arguments, action.target(action.verb)])
-        print('{}: {}: would run `{}`'.format(action.label, action.cause, command))
-    if not actions:
-        print('all is well')
-    return 0
+            watch.take_results()
+        if watch.outage is not None:
+            return 1
+        left = [action for action in _look_once(stack)[1] if action.wanted]
+    for action in left:
+        logger.warning('%s: %s: %s', action.label, action.cause, action.plan)
+    return 1 if left or watch.failures else 0
 
 
 def _status(stack: _Stack, as_json: bool) -> int:
     """Print a row for each container and for each service that lacks one; return 1 if one is not as it should be."""
-    containers, services = stack.observe(), stack.services
-    rows: List[Dict[str, Any]] = []
-    for name, cause in _find_missing(containers, services):
-        rows.append({'service': name, 'state': cause, 'fault': services[name].watched})
-    for c in containers:
-        well = c.state is State.RUNNING and c.health != 'unhealthy' or _has_done_its_job(c, services)
-        row = {'service': c.service, 'container': c.name, 'id': c.id, 'state': c.condition, 'health': c.health, 'since': c.since}
-        rows.append({**row, 'watched': c.watched, 'fault': not well and c.watched and c.service in services})
+    error = ''
+    try:
+        stack.read_services()
+    except ComposeError as failure:
+        error = str(failure)
+    containers, actions = _look_once(stack)
+    rows = [
+        _make_row(c, [a for a in actions if a.container is c], stack.engine.get_time())
+        for c in containers
+    ]
+    for action in actions:
+        if action.container is None:
+            row = {'service': action.service, 'state': action.cause}
+            rows.append({**row, 'fault': action.wanted, 'note': action.plan})
     rows.sort(key=lambda row: (row['service'], row.get('container', '')))
-    ok = not any(row['fault'] for row in rows)
+    ok = not error and not any(row['fault'] for row in rows)
     if as_json:
-        import json
+        document = {'project': stack.project, 'ok': ok, 'error': error, 'containers': rows}
+        print(json.dumps(document, indent=2))
+    else:
+        _print_table(rows)
+        if error:
+            print(error)
+    return 0 if ok else 1
 
-        print(json.dumps({'project': stack.project, 'ok': ok, 'containers': rows}, indent=2))
-        return 0 if ok else 1
-    columns = ('service', 'container', 'state', 'health', 'since')
-    table = [[name.upper() for name in columns]] + [[row.get(name) or '-' for name in columns] for row in rows]
+
+def _make_row(container: Container, actions: Sequence[Action], now: float) -> Dict[str, Any]:
+    age = max(0, int(now - container.since)) if container.since else 0
+    return {
+        'service': container.service,
+        'container': container.name,
+        'id': container.id,
+        'state': container.condition,
+        'health': container.health,
+        'since': _describe_age(age) if container.since else '',
+        'watched': container.watched,
+        'fault': any(action.wanted for action in actions),
+        'note': '; '.join(action.plan for action in actions),
+    }
+
+
+def _describe_age(seconds: int) -> str:
+    """Return a number of seconds in words, such as '5 minutes'."""
+    for unit, size in (('day', 86400), ('hour', 3600), ('minute', 60), ('second', 1)):
+        count = seconds // size
+        if count:
+            break
+    return f'{count} {unit}' if count == 1 else f'{count} {unit}s'
+
+
+def _print_table(rows: Sequence[Mapping[str, Any]]) -> None:
+    columns = ('service', 'container', 'state', 'health', 'since', 'note')
+    table = [[name.upper() for name in columns]] + [
+        [row.get(name) or '-' for name in columns] for row in rows
+    ]
     widths = [max(map(len, column)) for column in zip(*table)]
     coloured = sys.stdout is not None and sys.stdout.isatty() and 'NO_COLOR' not in os.environ
     for cells, fault in zip(table, [None, *(row['fault'] for row in rows)]):
         line = '  '.join(cell.ljust(width) for cell, width in zip(cells, widths)).rstrip()
-        print('\033[{}m{}\033[0m'.format(31 if fault else 32, line) if coloured and fault is not None else line)
-    return 0 if ok else 1
+        print(
+            f'\033[{31 if fault else 32}m{line}\033[0m' if coloured and fault is not None else line
+        )
+
+
+def _find_names(stack: _Stack, names: Sequence[str]) -> List[str]:
+    """Return the services that are meant: these, or all. ValueError for one that there is not."""
+    try:
+        stack.read_services()
+    except ComposeError as error:
+        logger.warning('%s; so the containers tell the services', error)
+    known = {*stack.services, *(c.service for c in stack.observe())}
+    for name in names:
+        if name not in known:
+            raise ValueError(f'SERVICE: {name!r} is not one of {", ".join(sorted(known))}')
+    return sorted(names or known)
+
+
+def _hold(stack: _Stack, names: Sequence[str], span: float) -> int:
+    """Have services left alone for *span* seconds."""
+    until = time.time() + span
+    names = _find_names(stack, names)
+    stack.write_holds({**stack.read_holds(), **dict.fromkeys(names, until)})
+    for name in names:
+        print(f'{name}: on hold until {_clock_time(until)}')
+    return 0
+
+
+def _release(stack: _Stack, names: Sequence[str]) -> int:
+    """Have services watched again."""
+    holds = stack.read_holds()
+    for name in names or sorted(holds):
+        print(f'{name}: ' + ('watched again' if holds.pop(name, 0) else 'was not on hold'))
+    stack.write_holds(holds)
+    return 0
+
+
+_FUNCTIONS: Mapping[str, Callable[..., int]] = {
+    'check': _check,
+    'status': _status,
+    'hold': _hold,
+    'release': _release,
+}
 
 
 if __name__ == '__main__':
