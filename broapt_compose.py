@@ -539,33 +539,29 @@ class _Process:
 
     def read(self, limit: float, show: Callable[[bytes], Any]) -> Tuple[Optional[int], str, str]:
         """Return its exit code (None: not within *limit* seconds), output and errors; *show* gets both as they come."""
-        kept = {
-            self.popen.stdout: _OUTPUT_LIMIT,
-            self.popen.stderr: _ERROR_LIMIT,
-            self.lifeline: 16,
-        }
-        buffers = {end: bytearray() for end in kept}
+        output, errors, code = bytearray(), bytearray(), bytearray()
+        ends: Any = {self.popen.stdout: output, self.popen.stderr: errors, self.lifeline: code}
         step = min(1.0, limit / 8)
         with selectors.DefaultSelector() as selector:
-            for end in kept:
-                selector.register(end, selectors.EVENT_READ)
+            for end, buffer in ends.items():
+                selector.register(end, selectors.EVENT_READ, buffer)
             while selector.get_map() and limit > 0:
                 began = time.monotonic()
-                # In steps, and looking again: while this process is stopped, time passes and data comes.
+                # In steps, and looking again: while we are stopped, time passes and data comes.
                 ready = selector.select(step) or selector.select(0)
                 limit -= min(step, time.monotonic() - began)
-                if not ready and buffers[self.lifeline]:
+                if not ready and code:
                     break  # it has ended, but something that it left behind holds its pipes
                 for key, _ in ready:
                     chunk = os.read(key.fd, 1 << 16)
                     if not chunk:
                         selector.unregister(key.fileobj)
-                    elif key.fileobj is not self.lifeline:
+                    elif key.data is not code:
                         show(chunk)
-                    buffers[key.fileobj].extend(chunk)
-                    del buffers[key.fileobj][: -kept[key.fileobj]]
-        output, errors, code = (buffer.decode('utf-8', 'replace') for buffer in buffers.values())
-        return int(code) if code else None, output, errors
+                    key.data.extend(chunk)
+                    del key.data[: -(_OUTPUT_LIMIT if key.data is output else _ERROR_LIMIT)]
+        texts = [buffer.decode('utf-8', 'replace') for buffer in (output, errors)]
+        return int(code) if code else None, texts[0], texts[1]
 
 
 def _run(
@@ -845,14 +841,15 @@ def _read_container(entry: Mapping[str, Any], details: Mapping[str, Any]) -> Con
     """Return a container as the engine's list and its answer to inspect (may be empty) show it."""
     labels = entry['Labels']
     found: Mapping[str, Any] = details.get('State', {})
-    host, config = details.get('HostConfig', entry['HostConfig']), details.get('Config', {})
+    host = {**entry.get('HostConfig', {}), **details.get('HostConfig', {})}
+    config = details.get('Config', {})
     word = found.get('Status', entry['State'])
     state = State(_PODMAN_STATES.get(word, word))
     health = found.get('Health') or {}
     status = health.get('Status', '')
     if status == 'unhealthy' and not health.get('FailingStreak'):
         status = 'starting'  # what Docker says from a pause until the next probe
-    grace = config.get('StopTimeout')
+    grace = config.get('StopTimeout') if 'HostConfig' in entry else None  # podman: always 0
     networks = entry['NetworkSettings']['Networks'] or {}
     modes = {
         kind: (host.get(key) or '').partition('container:')[2] for kind, key in _NAMESPACES.items()
@@ -1622,8 +1619,10 @@ class _Stack:
         elif prune is Prune.PROJECT:
             try:
                 _in_parallel(self.remove, own)
-                _in_parallel(self.remove_network, self.list_networks())
+            except ComposeError:  # podman: what shares a namespace has to go first
+                _in_parallel(self.remove, own)
             finally:
+                _in_parallel(self.remove_network, self.list_networks())
                 # Only Compose 2.x labels the images that it builds. One that is in use stays: hence prune.
                 query = {'dangling': ['true'], 'label': [f'{_PROJECT}={self.project}']}
                 self.engine.request('POST', '/images/prune', filters=json.dumps(query))
@@ -1824,8 +1823,7 @@ class _Watch:
         for key in keys:
             streaks.pop(key, None)
         self.history = self.history._replace(streaks=streaks)
-        if event['Action'] == 'kill':
-            self.killed[keys[0]] = (event['time'], event['Actor']['Attributes'].get('signal', '9'))
+        self.killed[keys[0]] = (event['time'], event['Actor']['Attributes'].get('signal', '9'))
 
     def _look(self, named: Set[str]) -> List[Container]:
         """Return the containers, having read the Compose files anew if somebody has deployed."""
