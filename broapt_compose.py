@@ -680,6 +680,11 @@ class _Engine:
             self.request('GET', '/version')
         return email.utils.parsedate_to_datetime(self.date).timestamp()
 
+    def close(self) -> None:
+        """End the connections that are kept."""
+        while self.kept:
+            self.kept.pop().close()
+
     def cut_stream(self) -> None:
         """End the stream of events: it has missed one."""
         if self.stream is not None:
@@ -757,6 +762,8 @@ def _explain(error: Exception, sock: Optional[_Socket], limit: float) -> str:
     """Return why there was no answer, in one phrase; what should have connected us knows best."""
     if isinstance(error, socket.timeout):
         return f'no answer within {limit:g} s'
+    if isinstance(error, ValueError):
+        return f'its answer is not understood: {error}'
     told = b''
     if sock is not None and sock.dialer is not None and sock.dialer.popen.stderr is not None:
         os.set_blocking(sock.dialer.popen.stderr.fileno(), False)
@@ -1160,6 +1167,7 @@ def _find_obstacle(name: str, own: Containers, services: Services) -> str:
 # -- the stack -------------------------------------------------------------------------------------
 _PROJECT = 'com.docker.compose.project'
 _SERVICE = 'com.docker.compose.service'
+_ONE_OFF = 'com.docker.compose.oneoff'  # made by `compose run`
 _HASH = 'com.docker.compose.config-hash'
 _POST = {Verb.UNPAUSE: 'unpause', Verb.START: 'start', Verb.RESTART: 'restart'}
 
@@ -1199,6 +1207,8 @@ class _Stack:
         self.settings = Settings.load() if settings is None else settings
         self.notify = notify  # takes messages for the service manager
         self.command = self.settings.compose_command or ('docker', 'compose')
+        at = self.command.index('compose') if 'compose' in self.command[1:] else 0
+        self.docker = self.command[:at] or ('docker',)  # with the words that choose an engine
         try:
             folder = os.getcwd()
         except FileNotFoundError:  # somebody has removed it
@@ -1209,6 +1219,7 @@ class _Stack:
         self.legacy = False  # Compose 1.x
         self.services: Dict[str, Service] = {}  # as declared when they were last read
         self.known: Dict[str, Container] = {}  # as seen last, by id
+        self.copies: List[str] = []  # services of which somebody runs a copy
         self.images: Dict[str, Any] = {}  # id -> the label that tells a copy of a container
         self.hold_file, self.hold_trouble = os.path.join(self.home, '.broapt-hold'), ''
         self.flag: Optional[UpFlag] = None  # commands and requests are cancelled when it is lowered
@@ -1219,24 +1230,26 @@ class _Stack:
 
     # -- how it is reached
 
+    def close(self) -> None:
+        """End the connections that are kept."""
+        if self._engine is not None:
+            self._engine.close()
+
     @property
     def engine(self) -> _Engine:
         """The engine that the docker command would use, found once and pinned for Compose too."""
         if self._engine is None:
-            at = self.command.index('compose') if 'compose' in self.command[1:] else 0
-            docker = self.command[:at] or ('docker',)
-            if not self.endpoint:
-                self.endpoint = self._find_endpoint(docker)
-            dial = functools.partial(_Process, (*docker, 'system', 'dial-stdio'), self.place)
+            self.endpoint = self.endpoint or self._find_endpoint()
+            dial = functools.partial(_Process, (*self.docker, 'system', 'dial-stdio'), self.place)
             self._engine = _Engine(self.endpoint, self.settings.timeout, dial)
         self._engine.flag = self.flag
         return self._engine
 
-    def _find_endpoint(self, docker: Sequence[str]) -> str:
+    def _find_endpoint(self) -> str:
         form = '{{.Name}} {{.Endpoints.docker.Host}}'
         try:
             told = _run(
-                (*docker, 'context', 'inspect', '--format', form),
+                (*self.docker, 'context', 'inspect', '--format', form),
                 self.settings.timeout,
                 self.place,
                 self.flag,
@@ -1334,7 +1347,10 @@ class _Stack:
 
     def _list(self, path: str, **filters: str) -> List[Dict[str, Any]]:
         query = json.dumps({kind: [value] for kind, value in filters.items()})
-        return list(self.engine.request('GET', path, all=1, filters=query))
+        found = self.engine.request('GET', path, all=1, filters=query)
+        if not isinstance(found, list) or not all(isinstance(entry, dict) for entry in found):
+            raise ComposeError(('GET', path), None, '', 'its answer is not understood')
+        return found
 
     def _list_containers(self, label: str) -> List[Dict[str, Any]]:
         """Return what the engine's list says of the containers with this label, newest first."""
@@ -1354,20 +1370,14 @@ class _Stack:
             return []
         try:
             entries = self._list_containers(f'{_PROJECT}={self.project}')
-            own = {
-                entry['Id']: entry
-                for entry in entries
-                if self._is_own(entry['Labels'], entry['ImageID'])
-            }
-            known = {
-                ident: self.known[ident] for ident in own if not self._is_stale(own[ident], named)
-            }
-            stale = [own[ident] for ident in own if ident not in known]
+            services = [e for e in entries if e['Labels'].get(_ONE_OFF) != 'True']
+            own = [entry for entry in services if not self._is_copy(entry)]
+            self.copies = [e['Labels'].get(_SERVICE) for e in services if e not in own]
+            stale = [entry for entry in own if self._is_stale(entry, named)]
+            known = {e['Id']: self.known[e['Id']] for e in own if e not in stale}
             _in_parallel(functools.partial(self._inspect, known), stale)
             self.known = known
-            containers = [
-                known[ident] for ident in own if ident in known
-            ]  # an inspected one may be gone
+            containers = [known[e['Id']] for e in own if e['Id'] in known]  # one may be gone by now
             return self._find_losses(containers, entries)
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             path = ('GET', '/containers')
@@ -1381,17 +1391,9 @@ class _Stack:
         plain = entry['State'] == 'running' and 'unhealthy' not in entry['Status']
         return not plain or known.state is not State.RUNNING or known.health not in ('', 'healthy')
 
-    def _is_own(self, labels: Mapping[str, str], image: str) -> bool:
-        """Tell whether Compose has made this container for a service.
-
-        Not so a one-off of `compose run`, nor what somebody runs from an image that `docker commit` made of a
-        container: it has that one's labels from its image.
-        """
-        if (
-            labels.get('com.docker.compose.oneoff') == 'True'
-            or 'com.docker.compose.service' not in labels
-        ):
-            return False
+    def _is_copy(self, entry: Mapping[str, Any]) -> bool:
+        """Tell whether Compose's labels come from an image that `docker commit` made of a container."""
+        image = entry['ImageID']
         if image not in self.images:
             try:
                 config = self.engine.request('GET', f'/images/{image}/json')['Config'] or {}
@@ -1400,7 +1402,7 @@ class _Stack:
                     raise
                 config = {}
             self.images[image] = (config.get('Labels') or {}).get(_HASH)
-        return self.images[image] is None or self.images[image] != labels.get(_HASH)
+        return self.images[image] is not None and self.images[image] == entry['Labels'].get(_HASH)
 
     def _inspect(self, known: Dict[str, Container], entry: Mapping[str, Any]) -> None:
         details: Dict[str, Any] = {}
@@ -1470,7 +1472,15 @@ class _Stack:
         """Do this about the faults; several only where Compose does it."""
         if verb in _UP:
             services = sorted({action.service for action in actions})
-            self.compose('up', '--detach', *_UP[verb], *services, limit=10 * self.settings.timeout)
+            scales = []  # Compose takes a copy for the service's own: so it needs to want one more
+            for name in services:
+                if self.copies.count(name):
+                    scales += [
+                        '--scale',
+                        f'{name}={self.services[name].scale + self.copies.count(name)}',
+                    ]
+            options = (*_UP[verb], *scales)
+            self.compose('up', '--detach', *options, *services, limit=10 * self.settings.timeout)
             return
         for container in [action.container for action in actions if action.container]:
             if verb is Verb.REMOVE:
@@ -1514,7 +1524,7 @@ class _Stack:
             self._prepare(before)
             with contextlib.closing(_Outlet(sys.stderr)) as outlet:
                 self.compose('up', '--build', '--detach', limit=math.inf, show=outlet.write)
-        except (ComposeError, _Cancelled) as error:
+        except BaseException as error:
             self.flag = None
             if self.settings.on_exit is OnExit.STOP:
                 self._undo(before, networks, error)
@@ -1533,9 +1543,9 @@ class _Stack:
                         '%s: %s, not %s: %s', action.label, action.cause, action.verb.value, error
                     )
 
-    def _undo(self, before: Containers, networks: Sequence[str], error: Exception) -> None:
+    def _undo(self, before: Containers, networks: Sequence[str], error: BaseException) -> None:
         """Delete what has come since *before*, and stop what did not run then."""
-        if isinstance(error, _Cancelled):
+        if not isinstance(error, ComposeError):
             threading.Event().wait(1.0)  # the engine still ends what it was asked for
         try:
             there, replaced = {c.id: c for c in before}, {(c.service, c.number) for c in before}
@@ -1556,8 +1566,11 @@ class _Stack:
     def _show_log(self, container: Container) -> None:
         """Log the last lines that a container wrote, before it goes."""
         path, query = f'/containers/{container.id}/logs', {'stdout': 1, 'stderr': 1, 'tail': 10}
-        with self.engine.ask('GET', path, self.engine.limit, query) as (_, answer):
-            raw = answer.read() if answer.status == 200 else b''
+        try:
+            with self.engine.ask('GET', path, self.engine.limit, query) as (_, answer):
+                raw = answer.read() if answer.status == 200 else b''
+        except ComposeError as error:
+            raw = str(error).encode()
         text = re.sub(rb'[\0-\2]\0\0\0....', b'', raw, flags=re.DOTALL)  # headers of the parts
         for line in text.decode('utf-8', 'replace').splitlines():
             logger.error('%s: %s: %s', container.label, container.condition, _one_line(line))
@@ -1581,8 +1594,9 @@ class _Stack:
             logger.error('%s; stopping the stack nevertheless', error)
         grace = max([c.grace for c in own], default=_DEFAULT_GRACE)
         logger.info('stopping the stack (up to %g s)', grace)
+        names = [name for name in self.services if name not in self.copies] if self.copies else []
         try:
-            self.compose('stop', limit=self.settings.timeout + grace)
+            self.compose('stop', *names, limit=self.settings.timeout + grace)
         except ComposeError as error:
             logger.error('%s; stopping the containers one by one', error)
         try:  # also what Compose leaves: services of a profile, or that are not in its file any more
@@ -1608,7 +1622,7 @@ class _Stack:
             self.compose('down')  # the providers want to be told
         if prune is Prune.SYSTEM:
             _run(
-                ('docker', 'system', 'prune', '--volumes', '--force'),
+                (*self.docker, 'system', 'prune', '--volumes', '--force'),
                 self.settings.timeout,
                 self.place,
             )
@@ -1691,9 +1705,7 @@ class _Watch:
         self.in_doubt = True  # whether the list tells all that changed: events may have been missed
         self.killed: Dict[str, Tuple[float, str]] = {}  # by somebody: when, and by which signal
         self.history = History()
-        self.declared: Optional[Set[str]] = (
-            None  # ids seen when the files were read; None: read them
-        )
+        self.declared: Optional[Set[str]] = None  # ids at the time when the files were read
         self.holds: Dict[str, float] = {}
         self.busy: List[str] = []  # ids, and services, that are being repaired
         self.turn = threading.Lock()  # for Compose: two would create the same network twice
@@ -1714,20 +1726,19 @@ class _Watch:
         with UP_FLAG.when_lowered(over.set), UP_FLAG.when_lowered(
             self.wake.set
         ), contextlib.closing(self):
+            woken = True
             while not over.is_set():
                 timeout = self.settings.interval
                 try:
-                    timeout = self.cycle()
+                    timeout = self.cycle(woken)
                     if self.stack.project and not follower.ident:
-                        with contextlib.suppress(
-                            RuntimeError
-                        ):  # no thread to be had: the interval will do
+                        with contextlib.suppress(RuntimeError):  # no thread: the interval will do
                             follower.start()
                 except _Cancelled:
                     pass
                 except Exception:
                     logger.exception('unexpected error; the next check is in %g s', timeout)
-                self.wake.wait(timeout)
+                woken = self.wake.wait(timeout)
                 self.wake.clear()
         if follower.ident:
             follower.join()
@@ -1742,8 +1753,8 @@ class _Watch:
         }
         with UP_FLAG.when_lowered(over.set):
             while not over.is_set():
+                began = self.clock()
                 try:
-                    self.since = self.since or engine.get_time()
                     for event in engine.follow(
                         since=f'{self.since:.9f}', filters=json.dumps(filters)
                     ):
@@ -1754,11 +1765,10 @@ class _Watch:
                     logger.debug('%s', error)
                 self.in_doubt = True
                 self.wake.set()
-                over.wait(min(self.settings.interval, 2.0))
+                over.wait(max(0.0, began + 2.0 - self.clock()))
 
-    def cycle(self) -> float:
+    def cycle(self, woken: bool = True) -> float:
         """Take one look and begin what is due; return the seconds until the next look is wanted."""
-        woken = bool(self.events)
         named = self._take_events()
         self.take_results()
         now = self.clock()
@@ -1829,9 +1839,14 @@ class _Watch:
         """Return the containers, having read the Compose files anew if somebody has deployed."""
         in_doubt, self.in_doubt = self.in_doubt, False
         try:
+            self.since = self.since or self.stack.engine.get_time()
+            if not self.stack.services:
+                self.stack.read_services()
             containers = self.stack.observe(None if in_doubt else named)
             ids = {c.id for c in containers}
-            if self.declared is None or not self.busy and not ids <= self.declared:
+            if self.declared is None:
+                self.declared = ids
+            if not self.busy and not ids <= self.declared:  # somebody has deployed
                 self.stack.read_services()
                 self.declared = ids
         except BaseException:
@@ -1879,7 +1894,7 @@ class _Watch:
                 _warn(
                     f'{told} in {now - streak.began:.0f} s; next try in {max(0.0, action.due - now):.0f} s'
                 )
-        if fresh and not woken and self.since:
+        if fresh and not woken:
             self.stack.engine.cut_stream()
 
     def _report(self, containers: Containers, actions: Sequence[Action]) -> None:
@@ -1931,9 +1946,7 @@ class _Watch:
             self.busy.remove(key)
         streak, now = action.streak, self.clock()
         if verb in _UP:
-            self.declared = (
-                None  # perhaps the service is not declared any more, or with another scale
-            )
+            self.declared = set()  # it may be declared in another way by now
         if error is None:
             logger.info(
                 '%s: %s -> %s (%.2f s)', action.label, action.cause, verb.value, now - began
@@ -2028,7 +2041,8 @@ def start_container(settings: Optional[Settings] = None) -> None:
 
     Raises ComposeError if Docker or Compose fails: what it has created is removed then. ValueError for a bad setting.
     """
-    _Stack(settings).start()
+    with contextlib.closing(_Stack(settings)) as stack:
+        stack.start()
 
 
 def stop_container(settings: Optional[Settings] = None) -> None:
@@ -2036,7 +2050,8 @@ def stop_container(settings: Optional[Settings] = None) -> None:
 
     Raises ComposeError if it can't be stopped, ValueError for a bad setting; a failed clean-up is a ComposeWarning.
     """
-    _Stack(settings).stop()
+    with contextlib.closing(_Stack(settings)) as stack:
+        stack.stop()
 
 
 def watch_container(settings: Optional[Settings] = None) -> None:
@@ -2044,7 +2059,8 @@ def watch_container(settings: Optional[Settings] = None) -> None:
 
     That Docker does not answer is a ComposeWarning, and it goes on trying. Raises ValueError for a bad setting.
     """
-    _Watch(_Stack(settings)).run()
+    with contextlib.closing(_Stack(settings)) as stack:
+        _Watch(stack).run()
 
 
 def docker_compose(settings: Optional[Settings] = None) -> ContextManager[UpFlag]:
@@ -2124,9 +2140,8 @@ def _supervise(stack: _Stack) -> Iterator[UpFlag]:
                     _Signals.deaf_until = math.inf  # from here on, further signals are only noted
         finally:  # nested, for a signal may come before that
             if os.getpid() == owner:
-                with _handling(
-                    signals
-                ):  # again: the body may have changed the handlers, as asyncio does
+                # Again: the body may have changed the handlers, as asyncio does.
+                with _handling(signals), contextlib.closing(stack):
                     _end(stack, start, watcher, failed)
                 _Signals.deaf_until = 0.0
 
@@ -2401,8 +2416,8 @@ def _look_once(stack: _Stack) -> Tuple[List[Container], List[Action]]:
 
 def _check(stack: _Stack, dry_run: bool) -> int:
     """Repair what is wrong, once it has settled; return 1 if a fault is left."""
+    stack.read_services()
     if dry_run:
-        stack.read_services()
         containers, actions = _look_once(stack)
         for container in containers:
             if container not in [action.container for action in actions]:
