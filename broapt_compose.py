@@ -1302,14 +1302,13 @@ class _Stack:
         command = self.command
         try:
             return dict(json.loads(self.compose('config', '--format', 'json')))
-        except ValueError as error:
-            raise ComposeError(
-                (*command, 'config'), 0, '', f'its answer is not understood: {error}'
-            ) from None
-        except ComposeError:
+        except (ComposeError, ValueError) as error:  # 1.x exits with 0, having printed its usage
             self.legacy = self._is_legacy()
             if not self.legacy and self.command == command:
-                raise
+                if isinstance(error, ComposeError):
+                    raise
+                why = f'its answer is not understood: {error}'
+                raise ComposeError((*command, 'config'), 0, '', why) from None
         return self._read_config()
 
     def _is_legacy(self) -> bool:
