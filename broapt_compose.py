@@ -1314,7 +1314,7 @@ class _Stack:
     def _is_legacy(self) -> bool:
         """Tell whether this is Compose 1.x. If docker has no compose, docker-compose stands in for it."""
         try:
-            version = self.compose('version')
+            version = _run((*self.command, 'version'), self.settings.timeout, self.place, self.flag)
         except ComposeError as error:
             absent = error.returncode == 127 or re.search(
                 'is not a docker command|unknown command', error.stderr
@@ -1322,7 +1322,7 @@ class _Stack:
             if self.settings.compose_command or not absent:
                 raise
             self.command = ('docker-compose',)
-            version = self.compose('version')
+            version = _run((*self.command, 'version'), self.settings.timeout, self.place, self.flag)
         if not re.search(r'version v?1\.', version):
             return False
         engine = self.engine.request('GET', '/version')['ApiVersion'].split('.')
@@ -2285,11 +2285,10 @@ def _parse_arguments(argv: Optional[Sequence[str]]) -> Dict[str, Any]:
             """Exit with 2 and one line, without argparse's usage."""
             self.exit(2, f'{self.prog}: {message}; --help lists what is accepted\n')
 
-    def add_options(parser: Any, fields: Iterable[str], hidden: bool) -> None:
-        levels = parser.add_argument_group('output')
+    def add_options(parser: Any, shown: Sequence[str]) -> None:
         for flags, level, text in _LEVELS:
-            text = argparse.SUPPRESS if hidden else text
-            levels.add_argument(
+            text = text if shown else argparse.SUPPRESS
+            parser.add_argument(
                 *flags.split(),
                 dest='level',
                 action='store_const',
@@ -2297,32 +2296,27 @@ def _parse_arguments(argv: Optional[Sequence[str]]) -> Dict[str, Any]:
                 help=text,
                 default=argparse.SUPPRESS,
             )
-        for field in fields:
-            option, default = _OPTIONS[field], Settings._field_defaults[field]
-            shown = getattr(default, 'value', default) or 'what Compose would take'
-            text = (
-                argparse.SUPPRESS
-                if hidden
-                else f'{option.help} (BROAPT_{field.upper()}; default: {shown})'
-            )
-            action = 'append' if option.parse is _parse_files else 'store'
+        for field, option in _OPTIONS.items():
+            default = Settings._field_defaults[field]
+            value = getattr(default, 'value', default) or 'what Compose would take'
+            text = f'{option.help} (BROAPT_{field.upper()}; default: {value})'
             parser.add_argument(
                 *option.flags.split(),
                 dest=field,
                 metavar=option.metavar,
-                action=action,
-                help=text,
+                action='append' if option.parse is _parse_files else 'store',
+                help=text if field in shown else argparse.SUPPRESS,
                 default=argparse.SUPPRESS,
             )
 
     epilog = 'COMMAND --help lists its options. Exit codes: 0 fine; 1 Docker failed, or a fault was found; 2 bad usage or setting.'
     parser = Parser('broapt_compose', description=(__doc__ or '').split('\n')[0], epilog=epilog)
     parser.add_argument('-V', '--version', action='version', version='%(prog)s ' + __version__)
-    add_options(parser, _OPTIONS, hidden=True)  # before the command, too, and without one
+    add_options(parser, ())  # taken before the command, too, and without one
     commands = parser.add_subparsers(dest='command', metavar='COMMAND', title='commands')
     for name, (text, fields) in _COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text)
-        add_options(command, fields, hidden=False)
+        add_options(command, fields)
         if name == 'check':
             command.add_argument(
                 '--dry-run',
