@@ -35,6 +35,7 @@ import math
 import os
 import queue
 import re
+import select
 import selectors
 import shlex
 import signal
@@ -98,8 +99,8 @@ class ComposeWarning(Warning):
 class ComposeError(Exception):
     """A command or a request to the engine failed; the text is one line: what failed, on what, why.
 
-    Attributes: *command* (a list; of a request: method and path), *returncode* (of a request: the HTTP
-    status; None if there was no answer), *stderr* (of a request: the engine's message), *reason*.
+    Attributes: *command* (a list; of a request: method and path), *returncode* (of a request: the
+    HTTP status; None: no answer), *stderr* (of a request: the engine's message), *reason*.
     """
 
     def __init__(
@@ -136,7 +137,7 @@ def _quote(command: Iterable[str]) -> str:
 
 
 def _warn(text: str) -> None:
-    """Log and issue a ComposeWarning: each time, not once per text, and without raising it under -W error."""
+    """Log and issue a ComposeWarning: each time, not once per text; -W error does not raise it."""
     logger.warning('%s', _one_line(text))
     with contextlib.suppress(ComposeWarning):
         warnings.warn_explicit(_one_line(text), ComposeWarning, __file__, 0, registry=None)
@@ -144,7 +145,7 @@ def _warn(text: str) -> None:
 
 # -- output ----------------------------------------------------------------------------------------
 class _Outlet:
-    """A stream on which nobody waits: what its reader does not take in time is dropped, and that is said."""
+    """A stream for which nobody waits: what is not read in time is dropped, and that is said."""
 
     def __init__(self, stream: Any) -> None:
         self.stream, self.pid, self.dropped = stream, os.getpid(), 0
@@ -179,13 +180,13 @@ class _Outlet:
                 self.dropped = 0
 
     def _put(self, chunk: bytes) -> None:
-        with contextlib.suppress(
-            OSError, ValueError, AttributeError
-        ):  # full disk, closed or no stream
+        # A full disk, a closed stream, or none, is no matter.
+        with contextlib.suppress(OSError, ValueError, AttributeError):
             try:
-                os.write(
-                    self.stream.fileno(), chunk
-                )  # past its buffer, whose lock would hold up the exit
+                number = self.stream.fileno()  # past its buffer, whose lock would hold up the exit
+                while chunk:
+                    select.select([], [number], [])  # it may be one that does not block
+                    chunk = chunk[os.write(number, chunk) :]
             except io.UnsupportedOperation:
                 self.stream.write(chunk.decode('utf-8', 'replace'))
 
@@ -309,7 +310,7 @@ _OPTIONS: Mapping[str, _Option] = {  # by field; the variable is BROAPT_ and the
         'SECONDS',
         _parse_seconds,
         'a number of seconds, 0 or more',
-        'how long what somebody did by hand must last before it is undone; a crash waits for nothing',
+        'how long what was done by hand must last before it is undone; a crash waits for nothing',
     ),
     'timeout': _Option(
         '--timeout',
@@ -369,10 +370,10 @@ class Settings(NamedTuple):
 
     @classmethod
     def load(cls, **given: Any) -> 'Settings':
-        """Return the settings: *given* ones first, then BroAPT's const, the environment (empty: not set), the defaults.
+        """Return the settings: from *given*, else BroAPT's const, the environment, the defaults.
 
-        Strings are parsed as on the command line; None counts as not given. Raises ValueError: one line
-        naming the setting, its value, and what is accepted.
+        Strings are parsed as on the command line; None, and an empty variable, count as not given.
+        Raises ValueError: one line naming the setting, its value, and what is accepted.
         """
         const = _find_const()
         values = {field: value for field, value in given.items() if value is not None}
@@ -398,7 +399,7 @@ def _parse_value(source: str, value: Any, option: _Option) -> Any:
 
 
 def _find_const() -> Any:
-    """Return BroAPT's const module: the one that the host has loaded, or the one beside this vendored copy; or None."""
+    """Return BroAPT's const: what the host has loaded, or lies beside this copy; or None."""
     if __name__ in ('__main__', '__mp_main__'):
         return None
     name = __name__.rpartition('.')[0] + '.const' if '.' in __name__ else 'const'
@@ -414,7 +415,7 @@ def _find_const() -> Any:
 class UpFlag(threading.Event):
     """A flag that is up while the stack shall run; lowering it ends at once all that waits for it.
 
-    In a process that was forked from the one where something waits for it, it is a flag and nothing more.
+    In a process forked from the one where something waits for it, it is a flag and nothing more.
     """
 
     def __init__(self) -> None:
@@ -448,7 +449,7 @@ class UpFlag(threading.Event):
 
     @contextlib.contextmanager
     def when_lowered(self, callback: Callable[[], Any]) -> Iterator[None]:
-        """During the block, *callback* is called when the flag is lowered; at once if it is down already."""
+        """During the block, call *callback* when the flag is lowered; at once if it is down."""
         if self._pid != os.getpid():
             self._own()
         with self._guard:
@@ -470,8 +471,8 @@ _OUTPUT_LIMIT, _ERROR_LIMIT = (
     1 << 22,
     1 << 16,
 )  # bytes that a command writes; of more, the end is kept
-# The shell kills the command's process group once our end of the socket is closed, by us or by our death,
-# and tells the exit code, which waitpid() doesn't where SIGCHLD is ignored or somebody else reaps.
+# The shell kills the command's process group once our end of the socket is closed, by us or by our
+# death, and tells the exit code, which waitpid() doesn't where SIGCHLD is ignored or others reap.
 _GUARD = 'exec 3<&0; (read -r _ <&3; kill -9 0) >/dev/null 2>&1 & "$@" <{} 3<&-; echo $? >&3'
 
 
@@ -537,8 +538,13 @@ class _Process:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.popen.wait(1)
 
-    def read(self, limit: float, show: Callable[[bytes], Any]) -> Tuple[Optional[int], str, str]:
-        """Return its exit code (None: not within *limit* seconds), output and errors; *show* gets both as they come."""
+    def read(
+        self, limit: float, show: Optional[Callable[[bytes], Any]]
+    ) -> Tuple[Optional[int], str, str]:
+        """Return its exit code (None: not within *limit* seconds), output and errors.
+
+        *show* gets both as they come.
+        """
         output, errors, code = bytearray(), bytearray(), bytearray()
         ends: Any = {self.popen.stdout: output, self.popen.stderr: errors, self.lifeline: code}
         step = min(1.0, limit / 8)
@@ -554,9 +560,9 @@ class _Process:
                     break  # it has ended, but something that it left behind holds its pipes
                 for key, _ in ready:
                     chunk = os.read(key.fd, 1 << 16)
-                    if not chunk:
+                    if not chunk or key.data is code:
                         selector.unregister(key.fileobj)
-                    elif key.data is not code:
+                    elif show is not None:
                         show(chunk)
                     key.data.extend(chunk)
                     del key.data[: -(_OUTPUT_LIMIT if key.data is output else _ERROR_LIMIT)]
@@ -569,12 +575,12 @@ def _run(
     limit: float,
     place: _Place,
     flag: Optional[UpFlag] = None,
-    show: Callable[[bytes], Any] = len,
+    show: Optional[Callable[[bytes], Any]] = None,
 ) -> str:
     """Return what *command* wrote to standard output.
 
-    Raises ComposeError if it can't be started, fails, or lasts longer than *limit* seconds; _Cancelled if
-    *flag* is lowered.
+    Raises ComposeError if it can't be started, fails, or lasts longer than *limit* seconds;
+    _Cancelled if *flag* is lowered.
     """
     if flag is not None and not flag.value:
         raise _Cancelled
@@ -592,7 +598,7 @@ def _run(
 
 # -- the engine ------------------------------------------------------------------------------------
 class _Socket(socket.socket):
-    """A socket with one deadline for all that it receives; time in which this process is stopped doesn't count."""
+    """A socket with one deadline for all that it receives; being stopped doesn't count."""
 
     left = math.inf  # seconds
     dialer: Optional[_Process] = None  # what connects it with the engine
@@ -626,26 +632,25 @@ class _Socket(socket.socket):
         with contextlib.suppress(OSError):
             self.shutdown(socket.SHUT_RDWR)
 
-    def close(self) -> None:
+    def release(self) -> None:
         """Close it, and end what connects it."""
-        super().close()
+        self.close()
         if self.dialer is not None:
             self.dialer.close()
 
 
 class _Engine:
-    """The engine's HTTP API: a connection for each request on a unix socket, else kept and shared ones."""
+    """The engine's HTTP API: on a unix socket a connection for each request, else kept ones."""
 
     def __init__(
         self, endpoint: str, limit: float, dial: Callable[[socket.socket], _Process]
     ) -> None:
-        """*limit*: seconds for a request; *dial* starts what connects a socket with any other endpoint."""
+        """*limit*: seconds for a request; *dial* starts what connects with any other endpoint."""
         self.path = endpoint.partition('unix://')[2]
         self.limit, self.dial = limit, dial
         self.flag: Optional[UpFlag] = None  # requests are cancelled when it is lowered
-        self.turns = threading.Semaphore(
-            64 if self.path else 6
-        )  # for requests that change something
+        # Elsewhere each connection may be a login: few at once, and the slow ones hold up no look.
+        self.turns = [threading.Semaphore(64 if self.path else 4) for _ in range(2)]
         self.kept: List[_Socket] = []
         self.stream: Optional[_Socket] = None  # the one that events come from
         self.date = self.version = ''  # the engine's clock and API version, as told last
@@ -655,7 +660,7 @@ class _Engine:
 
         Raises ComposeError for an error that it answers, and for no or half an answer; _Cancelled.
         """
-        turn: Any = contextlib.ExitStack() if method == 'GET' else self.turns
+        turn = self.turns[method == 'GET']
         with turn, self.ask(method, path, limit or self.limit, query) as (_, answer):
             body = answer.read().decode('utf-8', 'replace')
             self.date = answer.getheader('Date', self.date)
@@ -666,7 +671,7 @@ class _Engine:
         return content
 
     def follow(self, **query: Any) -> Iterator[Dict[str, Any]]:
-        """Give one event after the other, until the stream ends or is lost, or the flag is lowered."""
+        """Give one event after the other, until the stream ends or the flag is lowered."""
         with self.ask('GET', '/events', self.limit, query) as (sock, answer):
             sock.left, self.stream = math.inf, sock
             for line in iter(answer.readline, b''):
@@ -683,7 +688,7 @@ class _Engine:
     def close(self) -> None:
         """End the connections that are kept."""
         while self.kept:
-            self.kept.pop().close()
+            self.kept.pop().release()
 
     def cut_stream(self) -> None:
         """End the stream of events: it has missed one."""
@@ -723,7 +728,7 @@ class _Engine:
             ):
                 self.kept.append(sock)
             elif sock is not None:
-                sock.close()
+                sock.release()
 
     def _connect(self) -> _Socket:
         """Return a connection that is open, as far as can be told."""
@@ -733,7 +738,7 @@ class _Engine:
                 if sock.is_idle():
                     sock.settimeout(self.limit)
                     return sock
-                sock.close()
+                sock.release()
         if not self.path:
             ours, theirs = socket.socketpair()
             with theirs:
@@ -764,12 +769,12 @@ def _explain(error: Exception, sock: Optional[_Socket], limit: float) -> str:
         return f'no answer within {limit:g} s'
     if isinstance(error, ValueError):
         return f'its answer is not understood: {error}'
-    told = b''
-    if sock is not None and sock.dialer is not None and sock.dialer.popen.stderr is not None:
-        os.set_blocking(sock.dialer.popen.stderr.fileno(), False)
-        told = sock.dialer.popen.stderr.read() or b''
-    if told.strip():
-        return _find_reason(told.decode('utf-8', 'replace'))
+    if sock is not None and sock.dialer is not None:
+        pipe: Any = sock.dialer.popen.stderr
+        os.set_blocking(pipe.fileno(), False)
+        told = (pipe.read() or b'').decode('utf-8', 'replace')
+        if told.strip():
+            return _find_reason(told)
     return getattr(error, 'strerror', '') or str(error) or type(error).__name__
 
 
@@ -863,7 +868,9 @@ def _read_container(entry: Mapping[str, Any], details: Mapping[str, Any]) -> Con
     }
     return Container(
         id=entry['Id'],
-        name=entry['Names'][0].lstrip('/') if entry['Names'] else entry['Id'],
+        name=min(entry['Names'], key=lambda name: name.count('/')).lstrip(
+            '/'
+        ),  # not a link's alias
         service=labels['com.docker.compose.service'],
         number=labels.get('com.docker.compose.container-number', ''),
         state=state,
@@ -897,7 +904,10 @@ def _read_time(text: str) -> float:
 def _read_services(
     config: Mapping[str, Any], project: str, profiles: Optional[Set[str]]
 ) -> Dict[str, Service]:
-    """Return the services that `compose config` printed. *profiles*: those of 1.x, which prints what is off, too."""
+    """Return the services that `compose config` printed.
+
+    *profiles*: those of 1.x that are on, since it prints what is off, too.
+    """
     services = {}
     names = {}
     for name, own in config['services'].items():
@@ -932,9 +942,9 @@ _YAML_LINE = re.compile(r'( *)(?:- (.+)|(\'.*?\'|".*?"|[^\s\'"-].*?):(?: (.*))?)
 
 
 def _parse_yaml(text: str) -> Dict[str, Any]:
-    """Return the mappings that `docker-compose config` of 1.x printed, with what a list holds as the keys of one.
+    """Return the mappings that `docker-compose config` of 1.x printed, its lists as keys of one.
 
-    Its YAML is in canonical form, two spaces a level. What is indented below a scalar is the scalar's text.
+    The YAML is in canonical form, two spaces a level. What is indented below a scalar is its text.
     """
     root: Dict[str, Any] = {}
     levels = [root]  # the mappings that are open, from the outermost on
@@ -966,7 +976,9 @@ class Verb(enum.Enum):
     RECREATE = 'created anew'
 
 
-_UP = {  # by Compose. --no-deps: what a service depends on is watched itself, and `up` would run one-shots again
+# What Compose does. --no-deps: what a service depends on is watched itself, and `up` would run
+# finished one-shots again.
+_UP = {
     Verb.CREATE: ('--no-recreate', '--no-deps'),
     Verb.UP: ('--no-deps',),
     Verb.RECREATE: ('--force-recreate', '--no-deps'),  # it keeps the anonymous volumes
@@ -974,7 +986,7 @@ _UP = {  # by Compose. --no-deps: what a service depends on is watched itself, a
 
 
 class Streak(NamedTuple):
-    """Repairs that followed each other without what ends a streak. Times are seconds of a monotonic clock."""
+    """Repairs that followed each other. Times are seconds of a monotonic clock."""
 
     repairs: int = 0
     began: float = 0.0  # when the first fault was seen
@@ -1088,8 +1100,9 @@ def _judge(
         return Verb.REMOVE, cause, ''
     if state in (State.RESTARTING, State.REMOVING):
         return Verb.LEAVE, cause, 'Docker is at it'
-    # During an `up --force-recreate`, two containers bear one number: Compose 2.x creates the new one beside the
-    # old one running, 1.29 beside the old one stopped. So only the newest is touched, and not while an older one runs.
+    # During an `up --force-recreate`, two containers bear one number: Compose 2.x creates the new
+    # one beside the old one running, 1.29 beside the old one stopped. So only the newest is
+    # touched, and not while an older one runs.
     if state is not State.RUNNING and (
         twins[0] is not container or any(c.state in _ALIVE for c in twins[1:])
     ):
@@ -1144,9 +1157,10 @@ def _is_done(container: Container, services: Services) -> bool:
 
 
 def _find_obstacle(name: str, own: Containers, services: Services) -> str:
-    """Return what a service waits for before its first start, as far as it is watched; '' if that is all there.
+    """Return what a service waits for before its first start, as far as that is watched; or ''.
 
-    That something is merely started first is left to Compose; the rest it would wait for, and hold up all others.
+    That something is merely started first is left to Compose; for the rest it would wait, and hold
+    up all others.
     """
     for other, condition in services[name].depends_on.items():
         needed = [c for c in own if c.service == other]
@@ -1184,7 +1198,7 @@ def _start_thread(function: Callable[..., Any], *arguments: Any) -> threading.Th
 
 
 def _in_parallel(function: Callable[[Any], Any], items: Iterable[Any]) -> None:
-    """Call the function for each item, side by side; when all have ended, raise one of their errors."""
+    """Call the function for each item, side by side; when all have ended, raise the first error."""
     errors: List[Exception] = []
 
     def call(item: Any) -> None:
@@ -1201,7 +1215,7 @@ def _in_parallel(function: Callable[[Any], Any], items: Iterable[Any]) -> None:
 
 
 class _Stack:
-    """The containers of one Compose project: what is declared, what is there, and what can be done to it."""
+    """One Compose project: what is declared, what is there, and what can be done to it."""
 
     def __init__(self, settings: Optional[Settings], notify: Callable[[str], Any] = str) -> None:
         self.settings = Settings.load() if settings is None else settings
@@ -1269,9 +1283,9 @@ class _Stack:
         return endpoint
 
     def compose(
-        self, *arguments: str, limit: float = 0.0, show: Callable[[bytes], Any] = len
+        self, *arguments: str, limit: float = 0.0, show: Optional[Callable[[bytes], Any]] = None
     ) -> str:
-        """Return what Compose printed; its deadline is *limit* seconds, the timeout if that is 0."""
+        """Return what Compose printed within *limit* seconds (0: the timeout)."""
         files = [word for file in self.settings.docker_compose for word in ('--file', file)]
         command = (*self.command, *files, *arguments)
         return _run(command, limit or self.settings.timeout, self.place, self.flag, show)
@@ -1279,7 +1293,7 @@ class _Stack:
     # -- what is declared
 
     def read_services(self) -> None:
-        """Read what the Compose files declare; if that fails another time, go on by what they said before."""
+        """Read what the Compose files declare; should that fail later, go on by what they said."""
         try:
             config = self._read_config()
             if not config.get('services'):
@@ -1312,7 +1326,7 @@ class _Stack:
         return self._read_config()
 
     def _is_legacy(self) -> bool:
-        """Tell whether this is Compose 1.x. If docker has no compose, docker-compose stands in for it."""
+        """Tell whether this is 1.x. If docker has no compose, docker-compose stands in for it."""
         try:
             version = _run((*self.command, 'version'), self.settings.timeout, self.place, self.flag)
         except ComposeError as error:
@@ -1360,8 +1374,8 @@ class _Stack:
     def observe(self, named: Optional[Set[str]] = None) -> List[Container]:
         """Return all containers of the project but one-offs, newest first. The only reader.
 
-        One list, and an inspect for each container that is new, among the *named* (None: all are), or not
-        plainly running: right after an event, the list may still show the state before it.
+        One list, and an inspect for each container that is new, among the *named* (None: all are),
+        or not plainly running: right after an event, the list may still show what was before.
         """
         if not self.project:
             self.find_project()
@@ -1391,7 +1405,7 @@ class _Stack:
         return not plain or known.state is not State.RUNNING or known.health not in ('', 'healthy')
 
     def _is_copy(self, entry: Mapping[str, Any]) -> bool:
-        """Tell whether Compose's labels come from an image that `docker commit` made of a container."""
+        """Tell whether its labels come from an image that `docker commit` made of a container."""
         image = entry['ImageID']
         if image not in self.images:
             try:
@@ -1598,7 +1612,7 @@ class _Stack:
             self.compose('stop', *names, limit=self.settings.timeout + grace)
         except ComposeError as error:
             logger.error('%s; stopping the containers one by one', error)
-        try:  # also what Compose leaves: services of a profile, or that are not in its file any more
+        try:  # also what Compose leaves: services of a profile, or not in its file any more
             own = self._end('stop')
         except ComposeError as error:
             logger.error('%s; killing the containers', error)
@@ -1636,7 +1650,7 @@ class _Stack:
                 _in_parallel(self.remove, own)
             finally:
                 _in_parallel(self.remove_network, self.list_networks())
-                # Only Compose 2.x labels the images that it builds. One that is in use stays: hence prune.
+                # Only 2.x labels the images that it builds. One that is in use stays: hence prune.
                 query = {'dangling': ['true'], 'label': [f'{_PROJECT}={self.project}']}
                 self.engine.request('POST', '/images/prune', filters=json.dumps(query))
 
@@ -1692,7 +1706,7 @@ _RELOADS = (
 
 
 class _Watch:
-    """Observe, decide, act, over and over. Repairs run in threads, so that a slow one holds up no other."""
+    """Observe, decide, act, over and over. Repairs run in threads: a slow one holds up nothing."""
 
     def __init__(self, stack: _Stack, clock: Callable[[], float] = time.monotonic) -> None:
         self.stack, self.settings, self.clock = stack, stack.settings, clock
@@ -1860,7 +1874,7 @@ class _Watch:
         return containers
 
     def _suffer(self, error: ComposeError, now: float) -> float:
-        """Take note that Docker does not answer: nothing is repaired on the strength of old knowledge."""
+        """Take note that Docker does not answer: nothing is repaired by old knowledge."""
         self.history = self.history._replace(seen={})
         if self.outage is None:
             self.outage = now
@@ -1891,7 +1905,8 @@ class _Watch:
                     f'{action.label}: crash loop: {action.cause}, repaired {streak.repairs} times'
                 )
                 _warn(
-                    f'{told} in {now - streak.began:.0f} s; next try in {max(0.0, action.due - now):.0f} s'
+                    f'{told} in {now - streak.began:.0f} s; '
+                    f'next try in {max(0.0, action.due - now):.0f} s'
                 )
         if fresh and not woken:
             self.stack.engine.cut_stream()
@@ -1915,7 +1930,8 @@ class _Watch:
     def _mend(self, verb: Verb, group: Sequence[Action], began: float) -> None:
         """Repair, in a thread, and leave the outcome for the watcher.
 
-        Where Compose failed for several, each gets a command of its own; what fails may have something else to try.
+        Where Compose failed for several, each gets a command of its own; and for some verbs there
+        is something else to try.
         """
         error: Optional[Exception] = None
         turn: Any = self.turn if verb in _UP else contextlib.ExitStack()
@@ -1957,7 +1973,8 @@ class _Watch:
             failures, ill = 1 + streak.failures * (streak.error == str(error)), streak.ill
         if failures == _LOOP:
             _warn(
-                f'{action.label}: not {verb.value} {failures} times for the same reason: {error}. {_ADVICE}'
+                f'{action.label}: not {verb.value} {failures} times for the same reason: {error}. '
+                f'{_ADVICE}'
             )
         first_start = action.container and action.container.state is State.CREATED
         if error is not None or verb not in (Verb.UNPAUSE, Verb.REMOVE) and not first_start:
@@ -2001,7 +2018,7 @@ def _watch_in_process(stack: _Stack, begun: threading.Event) -> None:
                     begun.set()
                     lowered.wait(stack.settings.interval)
                     continue
-                # Else a process forked from the host would end it at its own exit: it ends with the pipe.
+                # Else a process forked from the host would end it at its own exit.
                 multiprocessing.process._children.discard(process)  # type: ignore[attr-defined]
                 begun.set()
                 multiprocessing.connection.wait([process.sentinel, theirs])
@@ -2009,9 +2026,8 @@ def _watch_in_process(stack: _Stack, begun: threading.Event) -> None:
             if process.exitcode is None and process.pid:
                 os.kill(process.pid, signal.SIGKILL)
             if not lowered.wait(_RESPAWN):
-                _warn(
-                    f'the watcher process has died (exit code {process.exitcode}); starting it again'
-                )
+                code = process.exitcode
+                _warn(f'the watcher process has died (exit code {code}); starting it again')
 
 
 def _process_main(theirs: Any, ours: Any, stack: _Stack, level: int) -> None:
@@ -2036,18 +2052,20 @@ def _process_main(theirs: Any, ours: Any, stack: _Stack, level: int) -> None:
 
 # -- the functions for the host --------------------------------------------------------------------
 def start_container(settings: Optional[Settings] = None) -> None:
-    """Bring the stack up (`up --build --detach`), unpausing first what was left paused. There is no deadline.
+    """Bring the stack up (`up --build --detach`), unpausing first what is paused. No deadline.
 
-    Raises ComposeError if Docker or Compose fails: what it has created is removed then. ValueError for a bad setting.
+    Raises ComposeError if Docker or Compose fails (what was created is removed then), ValueError
+    for a bad setting.
     """
     with contextlib.closing(_Stack(settings)) as stack:
         stack.start()
 
 
 def stop_container(settings: Optional[Settings] = None) -> None:
-    """Stop the stack gracefully, kill what outlasts its time, and clean up as the setting *prune* says.
+    """Stop the stack gracefully, kill what outlasts its time, and clean up as *prune* says.
 
-    Raises ComposeError if it can't be stopped, ValueError for a bad setting; a failed clean-up is a ComposeWarning.
+    Raises ComposeError if it can't be stopped, ValueError for a bad setting; a failed clean-up is
+    a ComposeWarning.
     """
     with contextlib.closing(_Stack(settings)) as stack:
         stack.stop()
@@ -2056,24 +2074,26 @@ def stop_container(settings: Optional[Settings] = None) -> None:
 def watch_container(settings: Optional[Settings] = None) -> None:
     """Watch and repair the stack, in this thread, until UP_FLAG is lowered.
 
-    That Docker does not answer is a ComposeWarning, and it goes on trying. Raises ValueError for a bad setting.
+    That Docker does not answer is a ComposeWarning, and it goes on trying. Raises ValueError for a
+    bad setting.
     """
     with contextlib.closing(_Stack(settings)) as stack:
         _Watch(stack).run()
 
 
 def docker_compose(settings: Optional[Settings] = None) -> ContextManager[UpFlag]:
-    """Return a context manager: inside, the stack is up and watched; at the end it is stopped and cleaned up.
+    """Return a context manager: inside, the stack is up and watched; at the end it is stopped.
 
-    It gives UP_FLAG. Entering raises ComposeError if the stack can't be started (what that has created is undone);
-    a bad setting is a ValueError. What the body raises comes out again after the clean-up, which no further signal
-    interrupts. In a process forked inside, the end of the copied block does nothing.
+    It gives UP_FLAG. Entering raises ComposeError if the stack can't be started (what was created
+    is undone then), ValueError for a bad setting. What the body raises comes out again after the
+    clean-up, which no further signal interrupts. In a process forked inside, the end of the copied
+    block does nothing.
     """
     return _supervise(_Stack(settings))
 
 
 class _Start(threading.Thread):
-    """The start of a stack. In a thread: in the main one, a signal while a process is being started would lose it."""
+    """The start of a stack. In the main thread, a signal could lose a process that is started."""
 
     def __init__(self, stack: _Stack) -> None:
         super().__init__(daemon=True)
@@ -2112,7 +2132,7 @@ def _supervise(stack: _Stack) -> Iterator[UpFlag]:
     process = sys.modules.get('multiprocessing.process')
     if process is not None and getattr(process.current_process(), '_inheriting', False):
         raise RuntimeError(
-            "docker_compose() must stand under `if __name__ == '__main__':`, as multiprocessing wants it"
+            "docker_compose() must stand under `if __name__ == '__main__':` for multiprocessing"
         )
     owner, failed = os.getpid(), True
     signals = (int(signal.SIGINT), int(signal.SIGHUP), stack.settings.kill_signal)
@@ -2188,9 +2208,9 @@ class _Signals:
 def flask_exit(signum: Optional[int] = None, frame: Any = None) -> None:
     """End the server: as a signal handler, or called directly, for example in a Flask view.
 
-    As a handler it calls the handler that was there before, else raises KeyboardInterrupt, on which Flask's and
-    waitress's servers return normally; further signals are only noted. Called directly it uses
-    `werkzeug.server.shutdown` (Werkzeug before 2.1), else sends this process its own kill signal.
+    As a handler it calls the handler that was there before, else raises KeyboardInterrupt, on which
+    Flask's and waitress's servers return normally; further signals are only noted. Called directly
+    it uses `werkzeug.server.shutdown` (before 2.1), else sends this process its own kill signal.
     """
     if signum is None:
         flask = sys.modules.get('flask')
@@ -2212,7 +2232,10 @@ def flask_exit(signum: Optional[int] = None, frame: Any = None) -> None:
 
 
 def register(settings: Optional[Settings] = None) -> None:
-    """Make flask_exit the handler of the kill signal. Raises ValueError outside the main thread, or for a bad setting."""
+    """Make flask_exit the handler of the kill signal.
+
+    Raises ValueError outside the main thread, or for a bad setting.
+    """
     number = (Settings.load() if settings is None else settings).kill_signal
     if threading.current_thread() is not threading.main_thread():
         raise ValueError(
@@ -2225,7 +2248,7 @@ def register(settings: Optional[Settings] = None) -> None:
 
 @contextlib.contextmanager
 def _handling(signals: Iterable[int]) -> Iterator[None]:
-    """Let flask_exit handle these signals, unless they are ignored; at the end, tell which came in the clean-up."""
+    """Let flask_exit handle these signals, unless they are ignored; tell which came too late."""
     main = threading.current_thread() is threading.main_thread()  # only there can they be handled
     kept = (flask_exit, signal.SIG_IGN, None)  # None: Python could not put that handler back
     replaced = {
@@ -2256,7 +2279,10 @@ _COMMANDS: Mapping[str, Tuple[str, Sequence[str]]] = {  # with the settings that
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Run the command line; return the exit code: 0 fine, 1 Docker failed or a fault was found, 2 bad usage or setting."""
+    """Run the command line; return the exit code.
+
+    0: fine; 1: Docker failed, or a fault was found; 2: bad usage or setting.
+    """
     arguments = _parse_arguments(argv)
     outlet = _set_up_logging(arguments.pop('level'))
     command = arguments.pop('command') or 'run'
@@ -2309,7 +2335,10 @@ def _parse_arguments(argv: Optional[Sequence[str]]) -> Dict[str, Any]:
                 default=argparse.SUPPRESS,
             )
 
-    epilog = 'COMMAND --help lists its options. Exit codes: 0 fine; 1 Docker failed, or a fault was found; 2 bad usage or setting.'
+    epilog = (
+        'COMMAND --help lists its options. Exit codes: 0 fine; 1 Docker failed, or a fault was '
+        'found; 2 bad usage or setting.'
+    )
     parser = Parser('broapt_compose', description=(__doc__ or '').split('\n')[0], epilog=epilog)
     parser.add_argument('-V', '--version', action='version', version='%(prog)s ' + __version__)
     add_options(parser, ())  # taken before the command, too, and without one
@@ -2437,7 +2466,7 @@ def _check(stack: _Stack, dry_run: bool) -> int:
 
 
 def _status(stack: _Stack, as_json: bool) -> int:
-    """Print a row for each container and for each service that lacks one; return 1 if one is not as it should be."""
+    """Print a row for each container, and each service that lacks one; return 1 for a fault."""
     error = ''
     try:
         stack.read_services()
@@ -2481,10 +2510,10 @@ def _make_row(container: Container, actions: Sequence[Action], now: float) -> Di
 
 def _describe_age(seconds: int) -> str:
     """Return a number of seconds in words, such as '5 minutes'."""
-    for unit, size in (('day', 86400), ('hour', 3600), ('minute', 60), ('second', 1)):
-        count = seconds // size
-        if count:
-            break
+    units = (('day', 86400), ('hour', 3600), ('minute', 60), ('second', 1))
+    count, unit = next(
+        ((seconds // size, unit) for unit, size in units if seconds >= size), (0, 'second')
+    )
     return f'{count} {unit}' if count == 1 else f'{count} {unit}s'
 
 
