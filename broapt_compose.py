@@ -1059,7 +1059,10 @@ def decide(
             delay = (
                 min(2.0 ** min(streak.repairs - 1, 9), _LONGEST_DELAY) if streak.repairs else 0.0
             )
-            at_once = action.key in history.crashed or action.cause == 'unhealthy'
+            # What shares the processes of another dies with it, whoever has ended that one.
+            shares = action.container is not None and 'pid' in action.container.owners.values()
+            crashed = action.key in history.crashed and not shares
+            at_once = crashed or action.cause == 'unhealthy'
             due = since + max(delay, 0.0 if at_once else settings.settle)
             action = action._replace(since=since, due=due, streak=streak)
         actions.append(action)
@@ -1942,8 +1945,9 @@ class _Watch:
             return
         except Exception as failure:
             error = failure
-        # An `up` of a service with siblings could create those anew, or scale them away.
-        alone = self.stack.services.get(group[0].service, Service()).scale == 1
+        # An `up` creates siblings anew, or scales them away, and what shares a namespace.
+        service = self.stack.services.get(group[0].service, Service())
+        alone = service.scale == 1 and not service.owners
         instead = {Verb.START: Verb.UP if alone else None, Verb.RECREATE: Verb.REMOVE}.get(verb)
         if error and len(group) > 1:
             for action in group:
