@@ -113,7 +113,8 @@ class ComposeError(Exception):
     def __str__(self) -> str:
         kind = 'status' if self.command[0].isupper() else 'exit code'
         code = '' if self.returncode is None else f'{kind} {self.returncode}: '
-        command = _quote(word if len(word) <= 80 else word[:80] + '...' for word in self.command)
+        words = [_one_line(word) for word in self.command]
+        command = _quote(word if len(word) <= 80 else word[:80] + '...' for word in words)
         return _one_line(f'{command}: {code}{self.reason[:500]}')
 
 
