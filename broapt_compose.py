@@ -1905,13 +1905,9 @@ class _Watch:
         for action in fresh:
             streak = action.streak
             if streak.repairs + 1 >= _LOOP:
-                told = (
-                    f'{action.label}: crash loop: {action.cause}, repaired {streak.repairs} times'
-                )
-                _warn(
-                    f'{told} in {now - streak.began:.0f} s; '
-                    f'next try in {max(0.0, action.due - now):.0f} s'
-                )
+                told = f'{action.label}: crash loop, {action.cause} {streak.repairs + 1} times'
+                wait = max(0.0, action.due - now)
+                _warn(f'{told} in {now - streak.began:.0f} s; next try in {wait:.0f} s')
         if fresh and not woken:
             self.stack.engine.cut_stream()
 
