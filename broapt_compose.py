@@ -176,9 +176,14 @@ class _Outlet:
     def _pump(self) -> None:
         for chunk in iter(self.queue.get, b''):
             self._put(chunk)
-            if self.dropped and self.queue.empty():
-                self._put(b'%d lines were dropped: nobody read them\n' % self.dropped)
-                self.dropped = 0
+            if self.queue.empty():
+                self._tell()
+        self._tell()
+
+    def _tell(self) -> None:
+        if self.dropped:
+            self._put(b'%d lines were dropped: nobody read them\n' % self.dropped)
+            self.dropped = 0
 
     def _put(self, chunk: bytes) -> None:
         # A full disk, a closed stream, or none, is no matter.
@@ -852,7 +857,7 @@ Services = Mapping[str, Service]
 
 def _read_container(entry: Mapping[str, Any], details: Mapping[str, Any]) -> Container:
     """Return a container as the engine's list and its answer to inspect (may be empty) show it."""
-    labels = entry['Labels']
+    labels, names = entry['Labels'], entry['Names'] or [entry['Id']]
     found: Mapping[str, Any] = details.get('State', {})
     host = {**entry.get('HostConfig', {}), **details.get('HostConfig', {})}
     config = details.get('Config', {})
@@ -869,9 +874,7 @@ def _read_container(entry: Mapping[str, Any], details: Mapping[str, Any]) -> Con
     }
     return Container(
         id=entry['Id'],
-        name=min(entry['Names'], key=lambda name: name.count('/')).lstrip(
-            '/'
-        ),  # not a link's alias
+        name=min(names, key=lambda name: name.count('/')).lstrip('/'),  # not the alias of a link
         service=labels['com.docker.compose.service'],
         number=labels.get('com.docker.compose.container-number', ''),
         state=state,
@@ -1299,34 +1302,39 @@ class _Stack:
     def read_services(self) -> None:
         """Read what the Compose files declare; should that fail later, go on by what they said."""
         try:
-            config = self._read_config()
-            if not config.get('services'):
-                raise ComposeError((*self.command, 'config'), 0, '', 'it names no services')
+            self.project, self.services = self._read_project()
         except ComposeError as error:
             if not self.services:
                 raise
             _warn(f'the Compose file cannot be read; going on by what it said before: {error}')
-            return
-        self.project = config.get('name', self.project)
-        profiles = set(os.environ.get('COMPOSE_PROFILES', '').split(','))
-        profiles.update(
-            after for word, after in zip(self.command, self.command[1:]) if word == '--profile'
-        )
-        self.services = _read_services(config, self.project, profiles if self.legacy else None)
 
-    def _read_config(self) -> Dict[str, Any]:
+    def _read_project(self) -> Tuple[str, Dict[str, Service]]:
+        why = 'it names no services'
+        try:
+            config = self._read_config()
+            project = config.get('name', self.project)
+            profiles = None
+            if self.legacy:
+                profiles = set(os.environ.get('COMPOSE_PROFILES', '').split(','))
+                words = zip(self.command, self.command[1:])
+                profiles.update(after for word, after in words if word == '--profile')
+            services = _read_services(config, project, profiles)
+            if services:
+                return project, services
+        except (ValueError, TypeError, AttributeError, KeyError) as error:
+            why = f'its answer is not understood: {error!r}'
+        raise ComposeError((*self.command, 'config'), 0, '', why)
+
+    def _read_config(self) -> Any:
         if self.legacy:
             return _parse_yaml(self.compose('config'))
         command = self.command
         try:
-            return dict(json.loads(self.compose('config', '--format', 'json')))
-        except (ComposeError, ValueError) as error:  # 1.x exits with 0, having printed its usage
+            return json.loads(self.compose('config', '--format', 'json'))
+        except (ComposeError, ValueError):  # 1.x exits with 0, having printed its usage
             self.legacy = self._is_legacy()
             if not self.legacy and self.command == command:
-                if isinstance(error, ComposeError):
-                    raise
-                why = f'its answer is not understood: {error}'
-                raise ComposeError((*command, 'config'), 0, '', why) from None
+                raise
         return self._read_config()
 
     def _is_legacy(self) -> bool:
@@ -1436,22 +1444,17 @@ class _Stack:
         self, containers: Containers, entries: Sequence[Mapping[str, Any]]
     ) -> List[Container]:
         """Return the containers with what they were made for and is gone."""
-        present = {
-            word
-            for entry in entries
-            for word in (entry['Id'], *(name[1:] for name in entry['Names']))
-        }
+        present = {entry['Id'] for entry in entries}
+        for entry in entries:
+            present.update(name[1:] for name in entry['Names'] or ())
         networks = None
         found = []
         for container in containers:
             lost = ''
             if container.networks and container.state not in _ALIVE:
                 if networks is None:
-                    networks = {
-                        word
-                        for network in self._list('/networks')
-                        for word in (network['Id'], network['Name'])
-                    }
+                    listed = self._list('/networks')
+                    networks = {n['Id'] for n in listed} | {n['Name'] for n in listed}
                 lost = ', '.join(
                     f'its network {name}'
                     for name, ident in container.networks.items()
@@ -1778,7 +1781,7 @@ class _Watch:
                         self.since = event['time']
                         self.events.append(event)
                         self.wake.set()
-                except (_Cancelled, ComposeError, KeyError) as error:
+                except (_Cancelled, ComposeError, KeyError, TypeError) as error:
                     logger.debug('%s', error)
                 self.in_doubt = True
                 self.wake.set()
