@@ -1193,32 +1193,50 @@ _HASH = 'com.docker.compose.config-hash'
 _POST = {Verb.UNPAUSE: 'unpause', Verb.START: 'start', Verb.RESTART: 'restart'}
 
 
-def _start_thread(function: Callable[..., Any], *arguments: Any) -> threading.Thread:
-    thread = threading.Thread(target=function, args=arguments, daemon=True)
-    try:
-        thread.start()
-    except (
-        RuntimeError
-    ):  # none to be had, as in Python 3.12 once the main thread has ended: then in this one
-        function(*arguments)
-    return thread
+class _Task(threading.Thread):
+    """A thread that keeps what its function raises."""
+
+    def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
+        """Start it. Where no thread is to be had, the function is called in this one.
+
+        So it is in Python 3.12 once the main thread has ended.
+        """
+        super().__init__(target=function, args=arguments, daemon=True)
+        self.error: Optional[Exception] = None
+        self.ended = threading.Event()
+        try:
+            self.start()
+        except RuntimeError:
+            self.run()
+
+    def run(self) -> None:
+        """Call the function."""
+        try:
+            super().run()
+        except Exception as error:
+            self.error = error
+        finally:
+            self.ended.set()
+
+    def wait(self) -> None:
+        """Wait for its end, and raise what it raised."""
+        _wait(self.ended)
+        if self.error is not None:
+            raise self.error
+
+
+def _wait(event: threading.Event) -> None:
+    while not event.wait(1.0):  # no endless wait: the kernel may give a signal to another thread
+        pass
 
 
 def _in_parallel(function: Callable[[Any], Any], items: Iterable[Any]) -> None:
     """Call the function for each item, side by side; when all have ended, raise the first error."""
-    errors: List[Exception] = []
-
-    def call(item: Any) -> None:
-        try:
-            function(item)
-        except Exception as error:
-            errors.append(error)
-
-    for thread in [_start_thread(call, item) for item in items]:
-        if thread.ident:
-            thread.join()
-    if errors:
-        raise errors[0]
+    tasks = [_Task(function, item) for item in items]
+    for task in tasks:
+        _wait(task.ended)
+    for task in tasks:
+        task.wait()
 
 
 class _Stack:
@@ -1353,7 +1371,9 @@ class _Stack:
             return False
         engine = self.engine.request('GET', '/version')['ApiVersion'].split('.')
         if (int(engine[0]), int(engine[1])) > (1, 44):  # 1.x reads a field that was dropped then
-            self.place.environment.setdefault('COMPOSE_API_VERSION', '1.44')
+            self.place.environment['COMPOSE_API_VERSION'] = os.environ.get(
+                'COMPOSE_API_VERSION', '1.44'
+            )
         return True
 
     def find_project(self) -> None:
@@ -1629,6 +1649,8 @@ class _Stack:
                 self._clean_up(own)
             except ComposeError as error:
                 _warn(f'the clean-up failed: {error}')
+        removed = self.settings.prune is not Prune.NONE
+        logger.info('stopped%s', '; containers and networks removed' if removed else '')
 
     def _end(self, what: str) -> List[Container]:
         own = self.get_own(self.observe())
@@ -1729,16 +1751,15 @@ class _Watch:
         self.holds: Dict[str, float] = {}
         self.busy: List[str] = []  # ids, and services, that are being repaired
         self.turn = threading.Lock()  # for Compose: two would create the same network twice
-        self.threads: List[threading.Thread] = []
+        self.tasks: List[_Task] = []  # repairs under way
         self.failures = 0  # repairs that failed
         self.outage: Optional[float] = None  # when Docker stopped to answer
 
     def close(self) -> None:
         """End what is under way."""
         UP_FLAG.value = False
-        for thread in self.threads:
-            if thread.ident:
-                thread.join()
+        for task in self.tasks:
+            _wait(task.ended)
 
     def run(self) -> None:
         """Watch until the flag is lowered."""
@@ -1927,8 +1948,8 @@ class _Watch:
         if group:
             for action in group:
                 self.busy += action.touched
-            self.threads = [thread for thread in self.threads if thread.is_alive()]
-            self.threads.append(_start_thread(self._mend, group[0].verb, group, now))
+            self.tasks = [task for task in self.tasks if not task.ended.is_set()]
+            self.tasks.append(_Task(self._mend, group[0].verb, group, now))
 
     def _mend(self, verb: Verb, group: Sequence[Action], began: float) -> None:
         """Repair, in a thread, and leave the outcome for the watcher.
@@ -2045,7 +2066,7 @@ def _process_main(theirs: Any, ours: Any, stack: _Stack, level: int) -> None:
     UP_FLAG.value = True
     if stack.notify is _notify:  # on the command line: a process that is not forked has to be told
         _set_up_logging(level)
-    watcher, parent = _start_thread(_Watch(stack).run), os.getppid()
+    watcher, parent = _Task(_Watch(stack).run), os.getppid()
     while (
         watcher.is_alive() and not theirs.poll(1.0) and os.getppid() == parent
     ):  # a fork of it may hold the pipe open
@@ -2096,41 +2117,6 @@ def docker_compose(settings: Optional[Settings] = None) -> ContextManager[UpFlag
     return _supervise(_Stack(settings))
 
 
-class _Start(threading.Thread):
-    """The start of a stack. In the main thread, a signal could lose a process that is started."""
-
-    def __init__(self, stack: _Stack) -> None:
-        super().__init__(daemon=True)
-        self.stack = stack
-        self.ended = threading.Event()
-        self.error: Optional[Exception] = None
-
-    def run(self) -> None:
-        """Start the stack, and keep what goes wrong."""
-        try:
-            self.stack.start()
-        except Exception as error:
-            self.error = error
-        finally:
-            self.ended.set()
-
-    def wait(self) -> None:
-        """Wait for the end, and raise what went wrong."""
-        _wait(self.ended)
-        if isinstance(self.error, _Cancelled):
-            raise ComposeError(
-                (*self.stack.command, 'up'), None, '', 'the flag was lowered'
-            ) from None
-        if self.error is not None:
-            raise self.error
-
-    def has_succeeded(self) -> bool:
-        """Wait for the end, if it was begun, and tell whether the stack is up."""
-        if self.ident is not None:
-            _wait(self.ended)
-        return self.ident is not None and self.error is None
-
-
 @contextlib.contextmanager
 def _supervise(stack: _Stack) -> Iterator[UpFlag]:
     process = sys.modules.get('multiprocessing.process')
@@ -2143,7 +2129,10 @@ def _supervise(stack: _Stack) -> Iterator[UpFlag]:
     _Signals.number, _Signals.deaf_until = stack.settings.kill_signal, 0.0
     UP_FLAG.value = True
     stack.flag = UP_FLAG
-    start, begun = _Start(stack), threading.Event()
+    start: Optional[_Task] = (
+        None  # in the main thread, a signal could lose a process that is started
+    )
+    begun = threading.Event()
     watch = _watch_in_process if stack.settings.watcher is Watcher.PROCESS else _watch_in_thread
     watcher = threading.Thread(
         target=watch, args=(stack, begun), name='broapt-watchdog', daemon=True
@@ -2151,13 +2140,16 @@ def _supervise(stack: _Stack) -> Iterator[UpFlag]:
     with _handling(signals):
         try:
             try:
-                start.start()
+                start = _Task(stack.start)
                 start.wait()
                 watcher.start()
                 _wait(begun)  # a fork amid the body's own subprocesses would hold their pipes open
                 stack.notify('READY=1')
                 yield UP_FLAG
                 failed = False
+            except _Cancelled:
+                command = (*stack.command, 'up')
+                raise ComposeError(command, None, '', 'the flag was lowered') from None
             finally:
                 if os.getpid() == owner:
                     _Signals.deaf_until = math.inf  # from here on, further signals are only noted
@@ -2169,22 +2161,19 @@ def _supervise(stack: _Stack) -> Iterator[UpFlag]:
                 _Signals.deaf_until = 0.0
 
 
-def _wait(event: threading.Event) -> None:
-    while not event.wait(1.0):  # no endless wait: the kernel may give a signal to another thread
-        pass
-
-
 def _watch_in_thread(stack: _Stack, begun: threading.Event) -> None:
     begun.set()
     _Watch(stack).run()
 
 
-def _end(stack: _Stack, start: _Start, watcher: threading.Thread, failed: bool) -> None:
+def _end(stack: _Stack, start: Optional[_Task], watcher: threading.Thread, failed: bool) -> None:
     stack.notify('STOPPING=1')
     UP_FLAG.value = False
     if watcher.is_alive():
         watcher.join(10)  # it ends at once, except in a host that is just being torn down
-    if not start.has_succeeded():
+    if start is not None:
+        _wait(start.ended)
+    if start is None or start.error is not None:
         return  # it has undone what it did
     if stack.settings.on_exit is OnExit.LEAVE:
         logger.info('leaving the containers as they are')
