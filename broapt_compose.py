@@ -1673,12 +1673,18 @@ class _Stack:
                 'down'
             )  # 1.x: a start that failed before its first container may have left a network
         elif prune is Prune.PROJECT:
+            self._remove_project(own)
+
+    def _remove_project(self, own: Containers) -> None:
+        try:
             try:
                 _in_parallel(self.remove, own)
             except ComposeError:  # podman: what shares a namespace has to go first
                 _in_parallel(self.remove, own)
-            finally:
+        finally:
+            try:
                 _in_parallel(self.remove_network, self.list_networks())
+            finally:
                 # Only 2.x labels the images that it builds. One that is in use stays: hence prune.
                 query = {'dangling': ['true'], 'label': [f'{_PROJECT}={self.project}']}
                 self.engine.request('POST', '/images/prune', filters=json.dumps(query))
@@ -2431,6 +2437,7 @@ def _look_once(stack: _Stack) -> Tuple[List[Container], List[Action]]:
 
 def _check(stack: _Stack, dry_run: bool) -> int:
     """Repair what is wrong, once it has settled; return 1 if a fault is left."""
+    UP_FLAG.value = True
     stack.read_services()
     if dry_run:
         containers, actions = _look_once(stack)
