@@ -1187,6 +1187,7 @@ def _find_obstacle(name: str, own: Containers, services: Services) -> str:
 
 # -- the stack -------------------------------------------------------------------------------------
 _PROJECT = 'com.docker.compose.project'
+_FILES = 'com.docker.compose.project.config_files'
 _SERVICE = 'com.docker.compose.service'
 _ONE_OFF = 'com.docker.compose.oneoff'  # made by `compose run`
 _HASH = 'com.docker.compose.config-hash'
@@ -1257,6 +1258,8 @@ class _Stack:
         self.endpoint = self.project = ''
         self.legacy = False  # Compose 1.x
         self.services: Dict[str, Service] = {}  # as declared when they were last read
+        self.stamp: List[float] = []  # when the files had been written that were read
+        self.files: List[str] = []  # what Compose has found, as its containers tell
         self.known: Dict[str, Container] = {}  # as seen last, by id
         self.copies: List[str] = []  # services of which somebody runs a copy
         self.images: Dict[str, Any] = {}  # id -> the label that tells a copy of a container
@@ -1319,12 +1322,21 @@ class _Stack:
 
     def read_services(self) -> None:
         """Read what the Compose files declare; should that fail later, go on by what they said."""
+        self.stamp = self.get_stamp()
         try:
             self.project, self.services = self._read_project()
         except ComposeError as error:
             if not self.services:
                 raise
             _warn(f'the Compose file cannot be read; going on by what it said before: {error}')
+
+    def get_stamp(self) -> List[float]:
+        """Return when each of the Compose files was last written."""
+        times = []
+        for file in self.settings.docker_compose or self.files:
+            with contextlib.suppress(OSError):
+                times.append(os.stat(file).st_mtime)
+        return times
 
     def _read_project(self) -> Tuple[str, Dict[str, Service]]:
         why = 'it names no services'
@@ -1418,6 +1430,7 @@ class _Stack:
             services = [e for e in entries if e['Labels'].get(_ONE_OFF) != 'True']
             own = [entry for entry in services if not self._is_copy(entry)]
             self.copies = [e['Labels'].get(_SERVICE) for e in services if e not in own]
+            self.files = own[0]['Labels'].get(_FILES, '').split(',') if own else []
             stale = [entry for entry in own if self._is_stale(entry, named)]
             known = {e['Id']: self.known[e['Id']] for e in own if e not in stale}
             _in_parallel(functools.partial(self._inspect, known), stale)
@@ -1893,7 +1906,9 @@ class _Watch:
             ids = {c.id for c in containers}
             if self.declared is None:
                 self.declared = ids
-            if not self.busy and not ids <= self.declared:  # somebody has deployed
+            deployed = not self.busy and not ids <= self.declared
+            deploying = ids != self.declared and self.stack.get_stamp() != self.stack.stamp
+            if deployed or deploying:
                 self.stack.read_services()
                 self.declared = ids
         except BaseException:
