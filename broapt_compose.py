@@ -86,6 +86,7 @@ _LONGEST_DELAY = 300.0  # seconds between two repairs in a crash loop
 _LOOP = 3  # repairs in a row from which on it is called a crash loop
 _DEFAULT_GRACE = 10.0  # seconds that Docker gives a container without a stop timeout of its own
 _LONGEST_HOLD = 86400.0  # seconds
+_QUIET = 0.02  # seconds without an event that Compose waits for
 _RESPAWN = 0.5  # seconds before a watcher process that died is started again
 _INSPECT_LIMIT = 1.0  # seconds: the engine answers late for a container that it is busy with
 _KEPT_OUTPUT = 1 << 24  # bytes of what a command writes; of more, the end is kept
@@ -1396,7 +1397,8 @@ class _Stack:
                 self.engine.request('GET', f'/containers/{ident}/json')['Config'] for ident in ids
             ]
         else:  # its files can't be read
-            found = self._list_containers(f'{_PROJECT}.working_dir={self.home}')
+            home = os.fsencode(self.home).decode('utf-8', 'replace')
+            found = self._list_containers(f'{_PROJECT}.working_dir={home}')
         names = {entry['Labels'][_PROJECT] for entry in found}
         self.project = names.pop() if len(names) == 1 else ''
 
@@ -1508,7 +1510,10 @@ class _Stack:
 
     def get_own(self, containers: Containers) -> List[Container]:
         """Return those of this folder: another one's stack may have the same project name."""
-        here = [c for c in containers if os.path.realpath(c.folder) == os.path.realpath(self.home)]
+        home = os.path.realpath(os.fsencode(self.home))  # bytes: the locale may be ASCII
+        here = [
+            c for c in containers if os.path.realpath(c.folder.encode('utf-8', 'replace')) == home
+        ]
         return here or [c for c in containers if c.service in self.services or not self.services]
 
     def list_networks(self) -> List[str]:
@@ -1639,10 +1644,8 @@ class _Stack:
             logger.error('%s; stopping the stack nevertheless', error)
         try:
             own = self.get_own(self.observe())
-            paused = [c for c in own if c.state is State.PAUSED]
-            _in_parallel(
-                functools.partial(self.post, 'unpause'), paused
-            )  # else they can't stop gracefully
+            paused = [c for c in own if c.state is State.PAUSED]  # they can't stop gracefully
+            _in_parallel(functools.partial(self.post, 'unpause'), paused)
         except ComposeError as error:
             logger.error('%s; stopping the stack nevertheless', error)
         grace = max([c.grace for c in own], default=_DEFAULT_GRACE)
@@ -1725,6 +1728,7 @@ class _Stack:
         temporary = f'{self.hold_file}.{os.getpid()}'
         with open(temporary, 'w', encoding='utf-8') as file:
             json.dump(holds, file)
+        os.chmod(temporary, 0o644)  # whatever the umask: others have to read it
         os.replace(temporary, self.hold_file)
 
     def get_services(self, holds: Mapping[str, float]) -> Dict[str, Service]:
@@ -1763,6 +1767,7 @@ class _Watch:
         self.events: Deque[Dict[str, Any]] = collections.deque()  # that came since the last look
         self.results: Deque[Tuple[Verb, Action, Optional[Exception], float]] = collections.deque()
         self.since = 0.0  # the engine's time up to which all events have been seen
+        self.stirred = -math.inf  # when the last event came
         self.in_doubt = True  # whether the list tells all that changed: events may have been missed
         self.killed: Dict[str, Tuple[float, str]] = {}  # by somebody: when, and by which signal
         self.history = History()
@@ -1818,7 +1823,7 @@ class _Watch:
                     for event in engine.follow(
                         since=f'{self.since:.9f}', filters=json.dumps(filters)
                     ):
-                        self.since = event['time']
+                        self.since, self.stirred = event['time'], self.clock()
                         self.events.append(event)
                         self.wake.set()
                 except (_Cancelled, ComposeError, KeyError, TypeError) as error:
@@ -1842,6 +1847,9 @@ class _Watch:
         services = self.stack.get_services(self._note_holds())
         actions = decide(containers, services, now, self.history, self.settings)
         actions = [a for a in actions if a.key not in self.busy and a.service not in self.busy]
+        # While somebody removes one after the other, Compose would be run for each of them.
+        quiet = self.stirred + _QUIET
+        actions = [a._replace(due=max(a.due, quiet)) if a.verb in _UP else a for a in actions]
         self._tell(actions, now, woken)
         due = [action for action in actions if action.due <= now]
         waiting = [action for action in actions if now < action.due < math.inf]
