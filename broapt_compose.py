@@ -2364,10 +2364,12 @@ def _parse_arguments(argv: Optional[Sequence[str]]) -> Dict[str, Any]:
     parser = Parser('broapt_compose', description=(__doc__ or '').split('\n')[0], epilog=epilog)
     parser.add_argument('-V', '--version', action='version', version='%(prog)s ' + __version__)
     add_options(parser, ())  # taken before the command, too, and without one
+    words = sys.argv if argv is None else argv
     commands = parser.add_subparsers(dest='command', metavar='COMMAND', title='commands')
     for name, (text, fields) in _COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text)
-        add_options(command, fields)
+        if name in words:  # the others can't be meant, and take time
+            add_options(command, fields)
         if name == 'check':
             command.add_argument(
                 '--dry-run',
