@@ -678,9 +678,10 @@ class _Engine:
         return content
 
     def follow(self, **query: Any) -> Iterator[Dict[str, Any]]:
-        """Give one event after the other, until the stream ends or the flag is lowered."""
+        """Give {} when the stream is open, then each event, until it ends or the flag is lowered."""
         with self.ask('GET', '/events', self.limit, query) as (sock, answer):
             sock.left, self.stream = math.inf, sock
+            yield {}
             for line in iter(answer.readline, b''):
                 yield json.loads(line.decode('utf-8', 'replace'))
 
@@ -1823,13 +1824,14 @@ class _Watch:
                     for event in engine.follow(
                         since=f'{self.since:.9f}', filters=json.dumps(filters)
                     ):
-                        self.since, self.stirred = event['time'], self.clock()
-                        self.events.append(event)
+                        if event:
+                            self.since, self.stirred = event['time'], self.clock()
+                            self.events.append(event)
+                        else:  # it has just been opened
+                            self.in_doubt = True
                         self.wake.set()
                 except (_Cancelled, ComposeError, KeyError, TypeError) as error:
                     logger.debug('%s', error)
-                self.in_doubt = True
-                self.wake.set()
                 over.wait(max(0.0, began + 2.0 - self.clock()))
 
     def cycle(self, woken: bool = True) -> float:

@@ -7427,7 +7427,7 @@ def test_watchdog_that_is_suspended_again_and_again_while_it_ends_leaves_nothing
 
 # -- on a real engine: starts that fail beside what ran before --------------------------------------------------------
 
-BEFORE = STORE.replace('services:', """services:
+RAN_BEFORE = STORE.replace('services:', """services:
   well:
     image: busybox
     command: sleep 10000
@@ -7466,7 +7466,7 @@ def insert_services(text, more):
 @pytest.fixture(scope='module')
 def running(engine, tmp_path_factory):
     """A stack that runs without a watchdog, one of its services stopped."""
-    project = Project(tmp_path_factory.mktemp('stack'), COMPOSE['Compose 2']).write(BEFORE)
+    project = Project(tmp_path_factory.mktemp('stack'), COMPOSE['Compose 2']).write(RAN_BEFORE)
     (project.folder / 'Dockerfile').write_text('FROM busybox\nRUN echo no such package; false\n')
     yield project
     project.remove()
@@ -7474,7 +7474,7 @@ def running(engine, tmp_path_factory):
 
 def bring_up_before(project):
     """Bring up what runs before the start that fails; return the containers and all that belongs to them."""
-    project.write(BEFORE).compose('up', '-d', '--remove-orphans')
+    project.write(RAN_BEFORE).compose('up', '-d', '--remove-orphans')
     project.compose('stop', 'side')
     project.docker('exec', *project.ids('well'), 'rm', '-f', '/dev/shm/sick')
     well = project.ids('well')[0]
@@ -7506,7 +7506,7 @@ def test_failed_start_undoes_what_it_made_and_nothing_that_was_there_before(runn
     if failure.startswith('dependency of before'):
         sicken(project)
         assert eventually(lambda: 'unhealthy' in project.docker('ps', project.filter))
-    project.write(insert_services(BEFORE, FAILURES[failure]))
+    project.write(insert_services(RAN_BEFORE, FAILURES[failure]))
     told = fail_to_start(project)
     assert states(project.look()) == states(before), told
     assert list_belongings(project) == belongings, told
@@ -7518,7 +7518,7 @@ def test_failed_start_undoes_what_it_made_and_nothing_that_was_there_before(runn
 def test_signal_in_the_middle_of_a_start_leaves_what_was_there_before(running):
     project = running
     before, belongings = bring_up_before(project)
-    project.write(insert_services(BEFORE, '\n  bad: {build: {context: ., dockerfile: Slow}}\n'))
+    project.write(insert_services(RAN_BEFORE, '\n  bad: {build: {context: ., dockerfile: Slow}}\n'))
     (project.folder / 'Slow').write_text('FROM busybox\nRUN sleep 10000\n')
     with Host([sys.executable, str(MODULE), *project.options()], project.folder / 'log') as host:
         assert eventually(
@@ -7539,7 +7539,7 @@ def test_failed_start_undoes_nothing_that_was_there_before_with_compose_1_29_eit
     project = Project(tmp_path, COMPOSE['Compose 1.29'])
     try:
         before, belongings = bring_up_before(project)
-        project.write(insert_services(BEFORE, SICK))
+        project.write(insert_services(RAN_BEFORE, SICK))
         told = fail_to_start(project)
         assert states(project.look()) == states(before), told
         assert list_belongings(project) == belongings and 'the database is locked' in told, told
