@@ -678,7 +678,7 @@ class _Engine:
         return content
 
     def follow(self, **query: Any) -> Iterator[Dict[str, Any]]:
-        """Give {} once the stream is open, then each event until it ends, or the flag is lowered."""
+        """Give {} once the stream is open, then each event until the end, or that of the flag."""
         with self.ask('GET', '/events', self.limit, query) as (sock, answer):
             sock.left, self.stream = math.inf, sock
             yield {}
