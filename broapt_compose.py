@@ -1320,6 +1320,10 @@ class _Stack:
         command = (*self.command, *files, *arguments)
         return _run(command, limit or self.settings.timeout, self.place, self.flag, show)
 
+    def open(self) -> None:
+        """Read the Compose files, and meanwhile find the engine."""
+        _in_parallel(lambda job: job(), (self.read_services, lambda: self.engine.get_time()))
+
     # -- what is declared
 
     def read_services(self) -> None:
@@ -1577,7 +1581,7 @@ class _Stack:
 
     def start(self) -> None:
         """Bring the stack up, without a deadline; what a failed start has created is undone."""
-        _in_parallel(lambda job: job(), (self.read_services, lambda: self.engine))
+        self.open()
         before, networks = self.observe(), self.list_networks()
         try:
             self._prepare(before)
@@ -2465,7 +2469,7 @@ def _look_once(stack: _Stack) -> Tuple[List[Container], List[Action]]:
 def _check(stack: _Stack, dry_run: bool) -> int:
     """Repair what is wrong, once it has settled; return 1 if a fault is left."""
     UP_FLAG.value = True
-    stack.read_services()
+    stack.open()
     if dry_run:
         containers, actions = _look_once(stack)
         for container in containers:
@@ -2496,7 +2500,7 @@ def _status(stack: _Stack, as_json: bool) -> int:
     """Print a row for each container, and each service that lacks one; return 1 for a fault."""
     error = ''
     try:
-        stack.read_services()
+        stack.open()
     except ComposeError as failure:
         error = str(failure)
     containers, actions = _look_once(stack)
@@ -2561,7 +2565,7 @@ def _print_table(rows: Sequence[Mapping[str, Any]]) -> None:
 def _find_names(stack: _Stack, names: Sequence[str]) -> List[str]:
     """Return the services that are meant: these, or all. ValueError for one that there is not."""
     try:
-        stack.read_services()
+        stack.open()
     except ComposeError as error:
         logger.warning('%s; so the containers tell the services', error)
     known = {*stack.services, *(c.service for c in stack.observe())}
