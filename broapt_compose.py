@@ -228,13 +228,6 @@ class OnExit(enum.Enum):
     LEAVE = 'leave'
 
 
-class Mode(enum.Enum):
-    """What runs the containers."""
-
-    COMPOSE = 'compose'
-    SWARM = 'swarm'
-
-
 def _parse_files(value: Any) -> Tuple[str, ...]:
     if isinstance(value, str):
         value = value.split(os.pathsep)
@@ -347,9 +340,6 @@ _OPTIONS: Mapping[str, _Option] = {  # by field; the variable is BROAPT_ and the
         'stop or leave',
         'stop the containers at the end, or leave them running for the next watchdog',
     ),
-    'mode': _Option(
-        '--mode', 'MODE', Mode, 'compose or swarm', 'what the stack is: compose or swarm'
-    ),
     'compose_command': _Option(
         '--compose-command',
         'CMD',
@@ -372,7 +362,6 @@ class Settings(NamedTuple):
     prune: Prune = Prune.PROJECT
     unhealthy: Unhealthy = Unhealthy.RESTART
     on_exit: OnExit = OnExit.STOP
-    mode: Mode = Mode.COMPOSE
     compose_command: Tuple[str, ...] = ()  # none: `docker compose`, or what stands in for it
 
     @classmethod
@@ -1535,14 +1524,7 @@ class _Stack:
         """Do this about the faults; several only where Compose does it."""
         if verb in _UP:
             services = sorted({action.service for action in actions})
-            scales = []  # Compose takes a copy for the service's own: so it needs to want one more
-            for name in services:
-                if self.copies.count(name):
-                    scales += [
-                        '--scale',
-                        f'{name}={self.services[name].scale + self.copies.count(name)}',
-                    ]
-            options = (*_UP[verb], *scales)
+            options = (*_UP[verb], *self._count_copies(services))
             self.compose('up', '--detach', *options, *services, limit=10 * self.settings.timeout)
             return
         for container in [action.container for action in actions if action.container]:
@@ -1550,6 +1532,15 @@ class _Stack:
                 self.remove(container)
             else:
                 self.post(_POST[verb], container)
+
+    def _count_copies(self, services: Iterable[str]) -> List[str]:
+        """Return options for `up`: Compose takes a copy for one of the service's own."""
+        options = []
+        for name in services:
+            copies = self.copies.count(name)
+            if copies:
+                options += ['--scale', f'{name}={self.services[name].scale + copies}']
+        return options
 
     def post(self, what: str, container: Container) -> None:
         """Unpause, start, restart, stop or kill a container; it has its grace period to stop."""
@@ -1582,47 +1573,56 @@ class _Stack:
     def start(self) -> None:
         """Bring the stack up, without a deadline; what a failed start has created is undone."""
         self.open()
-        before, networks = self.observe(), self.list_networks()
+        before, there = self.observe(), self._list_all()
         try:
             self._prepare(before)
+            options = ('--build', '--detach', *self._count_copies(self.services))
             with contextlib.closing(_Outlet(sys.stderr)) as outlet:
-                self.compose('up', '--build', '--detach', limit=math.inf, show=outlet.write)
+                self.compose('up', *options, limit=math.inf, show=outlet.write)
         except BaseException as error:
             self.flag = None
             if self.settings.on_exit is OnExit.STOP:
-                self._undo(before, networks, error)
+                self._undo(before, there, error)
             raise
         if not self.project:
             self.find_project()
 
+    def _list_all(self) -> Set[str]:
+        """Return the ids of all containers and networks of the engine."""
+        paths = ('/containers/json', '/networks')
+        return {entry['Id'] for path in paths for entry in self._list(path)}
+
     def _prepare(self, containers: Containers) -> None:
         """Mend what `up` can't: what is paused, dead, or has lost what it was made for."""
-        for action in decide(containers, self.services, 0.0, History(), self.settings):
-            if action.verb in (Verb.UNPAUSE, Verb.REMOVE, Verb.RECREATE):
+        for _ in range(3):  # what shares a namespace comes after its owner
+            actions = decide(containers, self.services, 0.0, History(), self.settings)
+            wanted = (Verb.UNPAUSE, Verb.REMOVE, Verb.RECREATE)
+            actions = [action for action in actions if action.verb in wanted]
+            for action in actions:
                 try:
                     self.act(action.verb, [action])
                 except ComposeError as error:
-                    logger.warning(
-                        '%s: %s, not %s: %s', action.label, action.cause, action.verb.value, error
-                    )
+                    done = action.verb.value
+                    logger.warning('%s: %s, not %s: %s', action.label, action.cause, done, error)
+            if actions:
+                containers = self.observe()
 
-    def _undo(self, before: Containers, networks: Sequence[str], error: BaseException) -> None:
-        """Delete what has come since *before*, and stop what did not run then."""
+    def _undo(self, before: Containers, there: Set[str], error: BaseException) -> None:
+        """Delete what is not *there* yet, and stop what did not run *before*."""
         if not isinstance(error, ComposeError):
             threading.Event().wait(1.0)  # the engine still ends what it was asked for
         try:
-            there, replaced = {c.id: c for c in before}, {(c.service, c.number) for c in before}
+            replaced = {(c.service, c.number) for c in before}
+            idle = [c.id for c in before if c.state not in _ALIVE]
             now = self.observe()
             made = [c for c in now if c.id not in there and (c.service, c.number) not in replaced]
             for container in made:
                 if container.state is not State.RUNNING or container.health == 'unhealthy':
                     self._show_log(container)
             _in_parallel(self.remove, made)
-            idle = [c for c in now if c.id in there and there[c.id].state not in _ALIVE]
-            _in_parallel(
-                functools.partial(self.post, 'stop'), [c for c in idle if c.state in _ALIVE]
-            )
-            _in_parallel(self.remove_network, set(self.list_networks()) - set(networks))
+            started = [c for c in now if c.id in idle and c.state in _ALIVE]
+            _in_parallel(functools.partial(self.post, 'stop'), started)
+            _in_parallel(self.remove_network, set(self.list_networks()) - there)
         except ComposeError as trouble:
             _warn(f'what the failed start has created could not be removed: {trouble}')
 
@@ -2058,15 +2058,12 @@ def _watch_in_process(stack: _Stack, begun: threading.Event) -> None:
     lowered, stack.flag = threading.Event(), None
     with UP_FLAG.when_lowered(lowered.set):
         while not lowered.is_set():
-            theirs, ours = multiprocessing.Pipe(
-                duplex=False
-            )  # says nothing; its end is what counts
+            theirs, ours = multiprocessing.Pipe(duplex=False)  # what it says is: the end
+            say_end = functools.partial(ours.send_bytes, b'.')  # a fork may hold it open
             process = multiprocessing.Process(
                 target=_process_main, args=(theirs, ours, stack, logger.level)
             )
-            with contextlib.closing(theirs), contextlib.closing(ours), UP_FLAG.when_lowered(
-                ours.close
-            ):
+            with theirs, ours, UP_FLAG.when_lowered(say_end):
                 try:
                     process.start()
                 except (
@@ -2296,7 +2293,7 @@ def _handling(signals: Iterable[int]) -> Iterator[None]:
 
 
 # -- the command line ------------------------------------------------------------------------------
-_LOOKING = ('docker_compose', 'timeout', 'unhealthy', 'mode', 'compose_command')
+_LOOKING = ('docker_compose', 'timeout', 'unhealthy', 'compose_command')
 _COMMANDS: Mapping[str, Tuple[str, Sequence[str]]] = {  # with the settings that each takes
     'run': ('bring the stack up, watch it, and stop it at the signal (default)', Settings._fields),
     'check': ('look once, repair what is wrong, and exit', ('settle', *_LOOKING)),
