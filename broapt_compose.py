@@ -666,11 +666,11 @@ class _Engine:
             raise ComposeError((method, path), answer.status, _read_message(body))
         return content
 
-    def follow(self, **query: Any) -> Iterator[Dict[str, Any]]:
-        """Give {} once the stream is open, then each event until the end, or that of the flag."""
+    def follow(self, **query: Any) -> Iterator[Any]:
+        """Give None once the stream is open, then each event until the end, or that of the flag."""
         with self.ask('GET', '/events', self.limit, query) as (sock, answer):
             sock.left, self.stream = math.inf, sock
-            yield {}
+            yield None
             for line in iter(answer.readline, b''):
                 yield json.loads(line.decode('utf-8', 'replace'))
 
@@ -1828,11 +1828,11 @@ class _Watch:
                     for event in engine.follow(
                         since=f'{self.since:.9f}', filters=json.dumps(filters)
                     ):
-                        if event:
+                        if event is None:  # it has just been opened
+                            self.in_doubt = True
+                        else:
                             self.since, self.stirred = event['time'], self.clock()
                             self.events.append(event)
-                        else:  # it has just been opened
-                            self.in_doubt = True
                         self.wake.set()
                 except (_Cancelled, ComposeError, KeyError, TypeError) as error:
                     logger.debug('%s', error)
