@@ -2004,6 +2004,10 @@ class _Watch:
         # An `up` creates siblings anew, or scales them away, and what shares a namespace.
         service = self.stack.services.get(group[0].service, Service())
         alone = service.scale == 1 and not service.owners
+        alone = alone and getattr(error, 'returncode', None) not in (
+            404,
+            409,
+        )  # it is being removed
         instead = {Verb.START: Verb.UP if alone else None, Verb.RECREATE: Verb.REMOVE}.get(verb)
         if error and len(group) > 1:
             for action in group:
