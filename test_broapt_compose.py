@@ -6834,7 +6834,7 @@ def test_webhook_of_the_readme_gets_what_is_logged(tmp_path):
         def log_message(self, *_):
             pass
 
-    with contextlib.closing(http.server.HTTPServer(('127.0.0.1', 0), Hook)) as server:
+    with http.server.HTTPServer(('127.0.0.1', 0), Hook) as server:
         server.socket.settimeout(30)
         code = code.replace('127.0.0.1:8080', '127.0.0.1:{}'.format(server.server_address[1]))
         code += "logging.getLogger('broapt_compose').warning('core: %s', 'missing')\ninput()\n"
@@ -7904,11 +7904,11 @@ def test_watchdog_heals_a_stack_that_loses_its_networks_while_it_runs(sharing):
         assert sharing.ask('core', 'ls', '/data') == 'mark\n'
 
 
-DEEDS = [('Compose 1.29', 'rm'), ('Compose 2', 'restart'), ('Compose 2', 'rm')]
+WAYS_TO_FAIL = [('Compose 1.29', 'rm'), ('Compose 2', 'restart'), ('Compose 2', 'rm')]
 
 
 @needs_docker
-@pytest.mark.parametrize('sharing, deed', DEEDS, indirect=['sharing'])
+@pytest.mark.parametrize('sharing, deed', WAYS_TO_FAIL, indirect=['sharing'])
 def test_those_that_share_with_a_container_follow_it_when_it_is_started_or_made_anew(sharing, deed):
     project = sharing.project
     with project.watchdog() as watchdog:
