@@ -7904,11 +7904,11 @@ def test_watchdog_heals_a_stack_that_loses_its_networks_while_it_runs(sharing):
         assert sharing.ask('core', 'ls', '/data') == 'mark\n'
 
 
-WAYS_TO_FAIL = [('Compose 1.29', 'rm'), ('Compose 2', 'restart'), ('Compose 2', 'rm')]
+SHARED_DEEDS = [('Compose 1.29', 'rm'), ('Compose 2', 'restart'), ('Compose 2', 'rm')]
 
 
 @needs_docker
-@pytest.mark.parametrize('sharing, deed', WAYS_TO_FAIL, indirect=['sharing'])
+@pytest.mark.parametrize('sharing, deed', SHARED_DEEDS, indirect=['sharing'])
 def test_those_that_share_with_a_container_follow_it_when_it_is_started_or_made_anew(sharing, deed):
     project = sharing.project
     with project.watchdog() as watchdog:
