@@ -1720,7 +1720,14 @@ class _Stack:
             trouble = ''
         except FileNotFoundError:
             holds, trouble = {}, ''
-        except (OSError, ValueError, TypeError, AttributeError) as error:
+        except (
+            OSError,
+            ArithmeticError,
+            ValueError,
+            TypeError,
+            AttributeError,
+            RecursionError,
+        ) as error:
             holds, trouble = {}, f'{self.hold_file} cannot be read, so nothing is on hold: {error}'
         if trouble and not self.hold_trouble:
             _warn(trouble)

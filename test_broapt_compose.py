@@ -7053,12 +7053,15 @@ FORKS = """
 import logging, os, sys, threading, warnings
 import broapt_compose as bc
 
+def say(*words):
+    os.write(1, (' '.join(map(str, words)) + '\\n').encode())  # in one piece: two processes write
+
 def lower():
     bc.UP_FLAG.value = False
     sys.exit()
 
 def wait():
-    print('waiting', os.getpid(), flush=True)
+    say('waiting', os.getpid())
     threading.Event().wait(60)
 
 def fork_again():
@@ -7069,7 +7072,7 @@ def fork_again():
 def linger():
     os.setsid()
     if not os.fork():
-        print('lingering', os.getpid(), flush=True)
+        say('lingering', os.getpid())
         threading.Event().wait(120)
     os._exit(0)
 
@@ -7081,15 +7084,15 @@ if __name__ == '__main__':
     warnings.simplefilter('always')
     bc.register()
     with bc.docker_compose() as flag:
-        print('up', flush=True)
+        say('up')
         for line in iter(sys.stdin.readline, ''):
             child = os.fork()
             if not child:
                 WAYS[line.strip()]()
                 break
             os.waitpid(child, 0)
-            print('ended', flag.value, flush=True)
-    print('after', os.getpid(), flush=True)
+            say('ended', flag.value)
+    say('after', os.getpid())
 """
 
 
