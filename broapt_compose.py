@@ -1574,11 +1574,17 @@ class _Stack:
         """Bring the stack up, without a deadline; what a failed start has created is undone."""
         self.open()
         before, there = self.observe(), self._list_all()
+        services = self.get_services(self.read_holds())
+        options = ['--build', '--detach', *self._count_copies(services)]
+        left = self._find_left(before, services)
+        if left:
+            logger.info('left as it is: %s', ', '.join(sorted(left)))
+            options += ['--no-deps', *sorted(services.keys() - left)]
         try:
-            self._prepare(before)
-            options = ('--build', '--detach', *self._count_copies(self.services))
-            with contextlib.closing(_Outlet(sys.stderr)) as outlet:
-                self.compose('up', *options, limit=math.inf, show=outlet.write)
+            self._prepare(before, services)
+            if services.keys() != left:
+                with contextlib.closing(_Outlet(sys.stderr)) as outlet:
+                    self.compose('up', *options, limit=math.inf, show=outlet.write)
         except BaseException as error:
             self.flag = None
             if self.settings.on_exit is OnExit.STOP:
@@ -1592,10 +1598,19 @@ class _Stack:
         paths = ('/containers/json', '/networks')
         return {entry['Id'] for path in paths for entry in self._list(path)}
 
-    def _prepare(self, containers: Containers) -> None:
+    def _find_left(self, before: Containers, services: Services) -> Set[str]:
+        """Return the services that `up` must not touch: it starts what was stopped on purpose."""
+        left = {name for name, service in services.items() if service.left not in ('', _LABEL)}
+        for container in before:
+            service = services.get(container.service, Service())
+            if container.state is State.PAUSED and (service.left or not container.watched):
+                left.add(container.service)  # nor can it start that
+        return left & services.keys()
+
+    def _prepare(self, containers: Containers, services: Services) -> None:
         """Mend what `up` can't: what is paused, dead, or has lost what it was made for."""
         for _ in range(3):  # what shares a namespace comes after its owner
-            actions = decide(containers, self.services, 0.0, History(), self.settings)
+            actions = decide(containers, services, 0.0, History(), self.settings)
             wanted = (Verb.UNPAUSE, Verb.REMOVE, Verb.RECREATE)
             actions = [action for action in actions if action.verb in wanted]
             for action in actions:
@@ -1622,6 +1637,9 @@ class _Stack:
             _in_parallel(self.remove, made)
             started = [c for c in now if c.id in idle and c.state in _ALIVE]
             _in_parallel(functools.partial(self.post, 'stop'), started)
+            paused = [c.id for c in before if c.state is State.PAUSED]
+            again = [c for c in now if c.id in paused and c.state is State.RUNNING]
+            _in_parallel(functools.partial(self.post, 'pause'), again)
             _in_parallel(self.remove_network, set(self.list_networks()) - there)
         except ComposeError as trouble:
             _warn(f'what the failed start has created could not be removed: {trouble}')
@@ -1715,7 +1733,8 @@ class _Stack:
     def read_holds(self) -> Dict[str, float]:
         """Return until when which service is on hold, in seconds since 1970."""
         try:
-            with open(self.hold_file, encoding='utf-8') as file:
+            number = os.open(self.hold_file, os.O_RDONLY | os.O_NONBLOCK)  # it may be a pipe
+            with open(number, encoding='utf-8') as file:
                 holds = {str(name): float(until) for name, until in json.load(file).items()}
             trouble = ''
         except FileNotFoundError:
@@ -1738,10 +1757,15 @@ class _Stack:
     def write_holds(self, holds: Mapping[str, float]) -> None:
         """Replace the file of holds, as a whole or not at all."""
         temporary = f'{self.hold_file}.{os.getpid()}'
-        with open(temporary, 'w', encoding='utf-8') as file:
-            json.dump(holds, file)
-        os.chmod(temporary, 0o644)  # whatever the umask: others have to read it
-        os.replace(temporary, self.hold_file)
+        try:
+            with open(temporary, 'w', encoding='utf-8') as file:
+                json.dump(holds, file)
+            os.chmod(temporary, 0o644)  # whatever the umask: others have to read it
+            os.replace(temporary, self.hold_file)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
 
     def get_services(self, holds: Mapping[str, float]) -> Dict[str, Service]:
         """Return the declared services; those on hold are left alone."""

@@ -4031,6 +4031,53 @@ def test_hold_that_cannot_be_written_is_an_error_and_leaves_the_old_one(world):
     assert hold_file().read_text() == before
 
 
+def test_start_leaves_as_it_is_what_is_on_hold(world):
+    world.run('core', 'side')
+    world.act('pause', 'core1')
+    pathlib.Path('.broapt-hold').write_text(json.dumps({'core': time.time() + 1000}))
+    bc.start_container(FAST)
+    assert world.changes() == ['compose up --build --detach --no-deps side']
+    assert world.state('core1') == 'paused'
+
+
+def test_start_leaves_as_it_is_what_is_paused_and_not_watched(world):
+    world.declare('core', 'side')
+    world.add('core', 'paused', labels={'broapt.watch': 'false'})
+    bc.start_container(FAST)
+    assert world.changes() == ['compose up --build --detach --no-deps side']
+    assert world.state('core1') == 'paused'
+
+
+def test_failed_start_pauses_again_what_was_paused(world):
+    world.run('core')
+    world.act('pause', 'core1')
+    world.command('compose up --build', code=17, err='no')
+    with pytest.raises(ComposeError, match='no'):
+        bc.start_container(FAST)
+    assert world.state('core1') == 'paused'
+
+
+@ignores_warnings
+@pytest.mark.parametrize('make', [os.mkfifo, os.mkdir], ids=['pipe', 'folder'])
+def test_hold_file_of_another_kind_is_no_hold_and_holds_up_nothing(world, make):
+    make('.broapt-hold')
+    assert bc._Stack(FAST).read_holds() == {}
+
+
+@ignores_warnings
+def test_hold_with_a_number_beyond_all_bounds_is_none(world):
+    pathlib.Path('.broapt-hold').write_text('{"core": 1' + '0' * 400 + '}')
+    assert bc._Stack(FAST).read_holds() == {}
+
+
+def test_hold_that_cannot_be_written_leaves_nothing_behind(world):
+    os.mkdir('.broapt-hold')
+    before = os.listdir('.')
+    with pytest.raises(OSError):
+        bc._Stack(FAST).write_holds({'core': 1.0})
+    assert os.listdir('.') == before
+
+
 # -- docker_compose and its parts ------------------------------------------------------------------
 
 UP = 'compose up --build --detach'
