@@ -2218,7 +2218,8 @@ def _supervise(stack: _Stack) -> Iterator[UpFlag]:
                 command = (*stack.command, 'up')
                 raise ComposeError(command, None, '', 'the flag was lowered') from None
             finally:
-                if os.getpid() == owner:
+                main = threading.current_thread() is threading.main_thread()
+                if os.getpid() == owner and main:
                     _Signals.deaf_until = math.inf  # from here on, further signals are only noted
         finally:  # nested, for a signal may come before that
             if os.getpid() == owner:
@@ -2351,6 +2352,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         settings = Settings.load(**given)
         if command == 'run':
             return _run_until_signal(settings)
+        reconfigure = getattr(sys.stdout, 'reconfigure', None)  # since 3.7
+        if reconfigure:
+            reconfigure(errors='backslashreplace')  # a locale may know few letters
         code = _FUNCTIONS[command](_Stack(settings), **arguments)
         print(end='', flush=True)
         return code
