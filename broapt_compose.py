@@ -943,6 +943,7 @@ def _parse_yaml(text: str) -> Dict[str, Any]:
     """
     root: Dict[str, Any] = {}
     levels = [root]  # the mappings that are open, from the outermost on
+    text = re.sub(r'(?m)^( *)\? (.+)\n\1: ', r'\1\2:\n\1  ', text)  # how long keys are printed
     for found in filter(None, map(_YAML_LINE.fullmatch, text.splitlines())):
         indent, item, key, value = found.groups()
         depth = len(indent) // 2 + (1 if item else 0)
