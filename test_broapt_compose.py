@@ -6048,7 +6048,9 @@ def test_end_comes_at_once_although_a_repair_builds_for_hours(project):
     project.write(PAIR)
     with project.watchdog() as watchdog:
         (project.folder / 'Dockerfile').write_text('FROM busybox\nRUN sleep 10000\n')
-        project.write(PAIR.replace('side: {image: busybox', 'side: {build: .'))
+        project.write(
+            PAIR.replace('side: {image: busybox', 'side: {build: {context: ., network: none}')
+        )
         project.docker('rm', '-f', *project.ids('side'))
         assert eventually(
             lambda: any(
@@ -6142,7 +6144,9 @@ def test_host_that_is_killed_leaves_no_process_and_the_containers_as_they_are(pr
     with Host(command, project.folder / 'log') as host:
         assert host.says('the stack is up', seconds=60), host.log()
         (project.folder / 'Dockerfile').write_text('FROM busybox\nRUN sleep 10000\n')
-        project.write(PAIR.replace('side: {image: busybox', 'side: {build: .'))
+        project.write(
+            PAIR.replace('side: {image: busybox', 'side: {build: {context: ., network: none}')
+        )
         project.docker('rm', '-f', *project.ids('side'))  # a repair that takes hours
         children = partial(descendants, host.process.pid)
         assert eventually(lambda: any(' up --detach' in command_line(pid) for pid in children()))
