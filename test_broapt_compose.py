@@ -8954,6 +8954,12 @@ WatchdogSec=2
 """
 
 
+def is_removed(folder):
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+    return not folder.exists()
+
+
 class Manager:
     """A systemd with one unit, the README's, for one project."""
 
@@ -9012,7 +9018,9 @@ class Manager:
                 lambda: not any((folder / 'cgroup.procs').read_text() for folder in folders)
             )
             for folder in folders:
-                folder.rmdir()
+                assert eventually(lambda: is_removed(folder)), (
+                    folder
+                )  # its last process is still going
 
     def read_console(self):
         return (self.folder / 'boot').read_text() + (self.folder / 'console').read_text()
