@@ -9018,9 +9018,9 @@ class Manager:
                 lambda: not any((folder / 'cgroup.procs').read_text() for folder in folders)
             )
             for folder in folders:
-                assert eventually(lambda: is_removed(folder)), (
-                    folder
-                )  # its last process is still going
+                assert eventually(functools.partial(is_removed, folder)), (
+                    'its last process is still there'
+                )
 
     def read_console(self):
         return (self.folder / 'boot').read_text() + (self.folder / 'console').read_text()
