@@ -89,7 +89,6 @@ _LONGEST_HOLD = 86400.0  # seconds
 _QUIET = 0.02  # seconds without an event that Compose waits for
 _RESPAWN = 0.5  # seconds before a watcher process that died is started again
 _INSPECT_LIMIT = 1.0  # seconds: the engine answers late for a container that it is busy with
-_KEPT_OUTPUT = 1 << 24  # bytes of what a command writes; of more, the end is kept
 
 
 # -- exceptions ------------------------------------------------------------------------------------
@@ -1099,6 +1098,8 @@ def _judge(
         return Verb.REMOVE, cause, ''
     if state in (State.RESTARTING, State.REMOVING):
         return Verb.LEAVE, cause, 'Docker is at it'
+    if _is_done(container, services):
+        return None, '', ''
     # During an `up --force-recreate`, two containers bear one number: Compose 2.x creates the new
     # one beside the old one running, 1.29 beside the old one stopped. So only the newest is
     # touched, and not while an older one runs.
@@ -1116,8 +1117,6 @@ def _judge(
         if settings.unhealthy is Unhealthy.IGNORE:
             return Verb.LEAVE, cause, 'told to ignore health'
         return Verb.RESTART, cause, ''
-    if _is_done(container, services):
-        return None, '', ''
     why = _find_obstacle(container.service, own, services) if state is State.CREATED else ''
     return Verb.LEAVE if why else Verb.START, cause, why
 
@@ -1141,7 +1140,7 @@ def _judge_surroundings(
                     ' and not watched' if unwatched else ''
                 )
                 return Verb.LEAVE, container.condition, why
-            if container.state is State.RUNNING and owner.since > container.since:
+            if container.state is State.RUNNING and owner.since > container.since > 0:
                 return Verb.RESTART, f'its {kind} is gone: {owner.label} was started after it', ''
     return None
 
@@ -1444,7 +1443,8 @@ class _Stack:
         if known is None or named is None or entry['Id'] in named:
             return True
         plain = entry['State'] == 'running' and 'unhealthy' not in entry['Status']
-        return not plain or known.state is not State.RUNNING or known.health not in ('', 'healthy')
+        known_well = known.state is State.RUNNING and known.health in ('', 'healthy')
+        return not plain or not known_well or not known.since  # that: inspect had no answer
 
     def _is_copy(self, entry: Mapping[str, Any]) -> bool:
         """Tell whether its labels come from an image that `docker commit` made of a container."""
@@ -1676,7 +1676,8 @@ class _Stack:
         logger.info('stopping the stack (up to %g s)', grace)
         names = [name for name in self.services if name not in self.copies] if self.copies else []
         try:
-            self.compose('stop', *names, limit=self.settings.timeout + grace)
+            if names or not self.copies:
+                self.compose('stop', *names, limit=self.settings.timeout + grace)
         except ComposeError as error:
             logger.error('%s; stopping the containers one by one', error)
         try:  # also what Compose leaves: services of a profile, or not in its file any more
@@ -1734,8 +1735,7 @@ class _Stack:
     def read_holds(self) -> Dict[str, float]:
         """Return until when which service is on hold, in seconds since 1970."""
         try:
-            number = os.open(self.hold_file, os.O_RDONLY | os.O_NONBLOCK)  # it may be a pipe
-            with open(number, encoding='utf-8') as file:
+            with open(self.hold_file, encoding='utf-8', opener=_open_at_once) as file:
                 holds = {str(name): float(until) for name, until in json.load(file).items()}
             trouble = ''
         except FileNotFoundError:
@@ -1776,6 +1776,10 @@ class _Stack:
                 left=f'on hold until {_clock_time(holds[name])}'
             )
         return services
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # it may be a pipe
 
 
 def _clock_time(moment: float) -> str:

@@ -2874,6 +2874,22 @@ def check_action(action, services, history, settings):
         assert action.container.state not in (State.RESTARTING, State.REMOVING)
 
 
+def test_finished_one_shot_is_not_made_anew_for_a_network_that_is_gone():
+    wanted = {'init': 'service_completed_successfully'}
+    services = {'init': Service(), 'web': Service(depends_on=wanted, scale=0)}
+    done = Container('a', 'init-1', 'init', '1', State.EXITED, 0, lost='its network shop')
+    assert bc.decide([done], services, 0.0, History(), FAST) == []
+
+
+def test_sharer_whose_start_is_not_known_is_not_restarted():
+    owner = Container('a', 'core-1', 'core', '1', State.RUNNING, since=5.0)
+    sharer = Container('b', 'side-1', 'side', '1', State.RUNNING, owners={'a': 'network'})
+    services = {'core': Service(), 'side': Service(owners=('core',))}
+    assert bc.decide([sharer, owner], services, 0.0, History(), FAST) == []
+    (action,) = bc.decide([sharer._replace(since=3.0), owner], services, 0.0, History(), FAST)
+    assert action.verb is Verb.RESTART
+
+
 # -- the stack: what is there ----------------------------------------------------------------------
 
 
@@ -4076,6 +4092,15 @@ def test_hold_that_cannot_be_written_leaves_nothing_behind(world):
     with pytest.raises(OSError):
         bc._Stack(FAST).write_holds({'core': 1.0})
     assert os.listdir('.') == before
+
+
+@ignores_warnings
+def test_hold_file_that_cannot_be_read_costs_no_descriptor(world):
+    os.mkdir('.broapt-hold')
+    stack, before = bc._Stack(FAST), len(os.listdir('/proc/self/fd'))
+    for _ in range(5):
+        assert stack.read_holds() == {}
+    assert len(os.listdir('/proc/self/fd')) == before
 
 
 # -- docker_compose and its parts ------------------------------------------------------------------
