@@ -437,6 +437,7 @@ class UpFlag(threading.Event):
 
     @value.setter
     def value(self, up: bool) -> None:
+        """Raise or lower it."""
         if up:
             self.set()
         else:
