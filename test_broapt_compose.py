@@ -5418,7 +5418,7 @@ def test_module_documents_itself():
     assert 'docker_compose' in text and Action.__doc__ and Verb.__doc__
 
 
-# -- on a real engine: what is used by all of these tests ------------------------------------------------------------
+# -- on a real engine: what is used by all of these tests ------------------------------------------
 
 COMPOSE = {'Compose 1.29': ('docker-compose',), 'Compose 2': ('docker', 'compose')}
 ROUNDS = int(os.environ.get('BROAPT_TEST_ROUNDS', '2'))  # of each thing that people do by hand
@@ -5444,8 +5444,15 @@ services:
 
 def call(*command, code=0, **kwargs):
     """Return what the command prints on standard output."""
-    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True, timeout=120,
-                            stdin=subprocess.DEVNULL, **kwargs)  # fmt: skip
+    result = subprocess.run(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        universal_newlines=True,
+        timeout=120,
+        stdin=subprocess.DEVNULL,
+        **kwargs,
+    )
     assert code in (None, result.returncode), (command, result)
     return result.stdout
 
@@ -5552,7 +5559,7 @@ class Project:
     def watchdog(
         self, *options, start=(sys.executable, str(MODULE), 'run'), code=0, environment=None
     ):
-        """Run the stack under the watchdog, in a process of its own; at the end see it exit as it should."""
+        """Run the stack under the watchdog, in its own process; see it exit as it should."""
         command = [*start, *self.options(*options)]
         with Host(command, self.folder / 'log', env=environment or self.environment) as host:
             assert host.says('the stack is up', seconds=60), host.log()
@@ -5562,7 +5569,7 @@ class Project:
             assert self.ids() == []
 
     def ids(self, *services):
-        """Ids of all containers of these services, the oldest first; of all services if none is named."""
+        """Ids of the containers of these services (none: of all), the oldest first."""
         form = '{{.ID}} {{.Label "com.docker.compose.service"}}'
         pairs = map(
             str.split,
@@ -5583,7 +5590,7 @@ class Project:
         return {line.split()[0]: tuple(line.split()[1:]) for line in lines}
 
     def is_well(self, services=('core', 'far', 'once', 'pair', 'pair', 'side', 'well')):
-        """Whether all runs that should: each service as often as it is named, and what runs once has ended."""
+        """Whether each service runs as often as it is named, and what runs once has ended."""
         shown = sorted(
             (service, state) for service, state, *_ in self.look().values() if service != 'alone'
         )
@@ -5637,10 +5644,10 @@ PAIR = 'services:\n  core: {image: busybox, command: sleep 10000, stop_signal: S
 PAIR += '  side: {image: busybox, command: sleep 10000, stop_signal: SIGKILL}\n'
 
 
-# -- on a real engine: repairs ---------------------------------------------------------------------------------------
+# -- on a real engine: repairs ---------------------------------------------------------------------
 
 
-# Each generation of Compose and each kind of watcher, but not each with each: that takes minutes and shows no more.
+# Each generation of Compose and each kind of watcher, but not each with each: that shows no more.
 CROSSED = [('Compose 1.29', 'thread'), ('Compose 2', 'process'), ('Compose 2', 'thread')]
 
 
@@ -5861,7 +5868,7 @@ def test_container_that_docker_restarts_is_left_to_docker(project_2):
         assert 'loop:' not in watchdog.log()
 
 
-# -- on a real engine: people at work --------------------------------------------------------------------------------
+# -- on a real engine: people at work --------------------------------------------------------------
 
 BY_HAND = {
     'docker restart': lambda p: p.docker('restart', '-t', '1', *p.ids('core')),
@@ -5895,7 +5902,7 @@ def test_what_people_do_by_hand_succeeds_and_nothing_is_doubled_or_left_down(set
         assert eventually(project.is_well), (project.look(), watchdog.log())
 
 
-# -- on a real engine: the end ---------------------------------------------------------------------------------------
+# -- on a real engine: the end ---------------------------------------------------------------------
 
 STORE = (
     PAIR.replace('image', "volumes: [/anonymous, 'named:/named'], image", 1)
@@ -6006,7 +6013,8 @@ def test_grace_period_is_kept_although_the_timeout_is_shorter(project):
     command = (
         'sh -c \'trap "sleep 5; echo in time > /out/end; exit" TERM; while :; do sleep 0.1; done\''
     )
-    slow = 'services:\n  core: {{image: busybox, command: {}, stop_grace_period: 1m, volumes: [".:/out"]}}\n'
+    slow = 'services:\n  core: {{image: busybox, command: {}, stop_grace_period: 1m, '
+    slow += 'volumes: [".:/out"]}}\n'
     project.write(slow.format(json.dumps(command)))
     with bc.docker_compose(project.settings(timeout=4)):
         assert len(project.ids()) == 1
@@ -6137,7 +6145,7 @@ def test_ctrl_c_in_a_terminal_ends_all_in_order(project, watcher):
     assert code == 0, shown.decode()
 
 
-# -- on a real engine: deaths ----------------------------------------------------------------------------------------
+# -- on a real engine: deaths ----------------------------------------------------------------------
 
 
 def command_line(pid):
@@ -6192,7 +6200,7 @@ def test_idle_watchdog_has_no_child_but_its_watcher(project_2, watcher):
         assert eventually(lambda: len(descendants(watchdog.process.pid)) == expected)
 
 
-# -- on a real engine: outages, and other engines --------------------------------------------------------------------
+# -- on a real engine: outages, and other engines --------------------------------------------------
 
 ENGINES = pathlib.Path('/usr/local/lib/docker/engines')  # of `.ci/engine --all`: a folder a version
 
@@ -6236,7 +6244,8 @@ class Engine:
                 command, env=self.environment, stdout=log, stderr=log, start_new_session=True
             )
         answers = ['docker', 'info']
-        quiet = dict(env=self.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        nowhere = subprocess.DEVNULL
+        quiet = {'env': self.environment, 'stdout': nowhere, 'stderr': nowhere}
         up = eventually(lambda: subprocess.call(answers, **quiet) == 0, 60)
         assert up, (self.folder / 'log').read_text()[-2000:]
 
@@ -6689,7 +6698,7 @@ def test_podman_is_watched_like_docker(podman, tmp_path):
     see_repairs(Project(tmp_path, COMPOSE['Compose 2'], podman.environment))
 
 
-# -- on a real engine: hosts, service manager, packages --------------------------------------------------------------
+# -- on a real engine: hosts, service manager, packages --------------------------------------------
 
 HOST = """
 import threading
@@ -6730,7 +6739,7 @@ def list_flask_pythons():
 
 @contextlib.contextmanager
 def run_broapt(project, python, **const):
-    """Run a Flask server as BroAPT does, with a copy of the module beside its const; it has to end with 0 and leave nothing."""
+    """Run a server as BroAPT does, the module beside a const; it has to leave nothing."""
     shutil.copy(str(MODULE), str(project.folder / 'compose.py'))
     project.file.rename(project.folder / 'stack.yml')  # a name that Compose does not find by itself
     project.file = project.folder / 'stack.yml'
@@ -6794,8 +6803,8 @@ import broapt_compose as bc
 
 if __name__ == '__main__':
     multiprocessing.set_start_method(sys.argv[1])
-    settings = bc.Settings.load(docker_compose=sys.argv[2], interval=3600, settle=0, watcher='process',
-                                compose_command=sys.argv[3])
+    settings = bc.Settings.load(docker_compose=sys.argv[2], interval=3600, settle=0,
+                                watcher='process', compose_command=sys.argv[3])
     with bc.docker_compose(settings) as flag:
         print('up', flush=True)
         os.read(0, 1)
@@ -6833,7 +6842,7 @@ def test_watcher_process_is_started_by_any_method_and_ended_by_the_flag(project_
 
 @contextlib.contextmanager
 def service_manager(address):
-    """Listen as systemd does; give a function that collects messages until one has come that contains a text."""
+    """Listen as systemd does; give a function that collects messages until a text comes."""
     with contextlib.closing(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)) as sock:
         sock.bind(address.replace('@', '\0', 1))
         messages = []
@@ -7026,7 +7035,7 @@ def test_frozen_host_repairs_and_ends_in_order(frozen, project_2, watcher):
     assert all(gone(pid) for pid in pids) and 'Traceback' not in host.log()
 
 
-# -- on a real engine: names and secrets -----------------------------------------------------------------------------
+# -- on a real engine: names and secrets -----------------------------------------------------------
 
 
 @needs_docker
@@ -7053,7 +7062,8 @@ def test_secrets_appear_nowhere(project_2):
     project = project_2
     text = (
         PAIR
-        + "  loop: {image: busybox, command: sh -c 'exit 7', environment: {TOKEN: canary-2, OTHER: '${CANARY}'}}\n"
+        + "  loop: {image: busybox, command: sh -c 'exit 7', "
+        + "environment: {TOKEN: canary-2, OTHER: '${CANARY}'}}\n"
     )
     project.write(text)
     project.environment = dict(os.environ, CANARY='canary-1', DOCKER_PASSWORD='canary-3')
