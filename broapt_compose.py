@@ -149,15 +149,19 @@ class _Outlet:
     """A stream for which nobody waits: what is not read in time is dropped, and that is said."""
 
     def __init__(self, stream: Any) -> None:
-        self.stream, self.pid, self.dropped = stream, os.getpid(), 0
-        self.queue: Any = queue.Queue(1000)
+        self.stream, self.dropped = stream, 0
+        self._open()
+
+    def _open(self) -> None:
+        self.pid = os.getpid()
+        self.queue: Any = queue.Queue(1000)  # None: the end
         self.thread = threading.Thread(target=self._pump, daemon=True)
         self.thread.start()
 
     def write(self, text: Any) -> None:
         """Have a text, or bytes, written soon."""
-        if self.pid != os.getpid():  # forked: the thread is not here
-            self.__init__(self.stream)  # type: ignore[misc]
+        if self.pid != os.getpid() or not self.thread.is_alive():  # forked, or closed before
+            self._open()
         try:
             self.queue.put_nowait(
                 text.encode('utf-8', 'replace') if isinstance(text, str) else text
@@ -170,11 +174,11 @@ class _Outlet:
 
     def close(self) -> None:
         """Wait a moment until all is written."""
-        self.write('')
+        self.write(None)
         self.thread.join(1)
 
     def _pump(self) -> None:
-        for chunk in iter(self.queue.get, b''):
+        for chunk in iter(self.queue.get, None):
             self._put(chunk)
             if self.queue.empty():
                 self._tell()
@@ -281,7 +285,7 @@ _OPTIONS: Mapping[str, _Option] = {  # by field; the variable is BROAPT_ and the
         'FILE',
         _parse_files,
         'a readable file',
-        'Compose file; several: repeat it, in the variable join them by os.pathsep',
+        'Compose file, repeatable; in the variable joined by os.pathsep; default: what Compose finds',
     ),
     'interval': _Option(
         '--interval -i',
@@ -344,7 +348,7 @@ _OPTIONS: Mapping[str, _Option] = {  # by field; the variable is BROAPT_ and the
         'CMD',
         _parse_command,
         'a command as in a shell',
-        'the Compose command; docker-compose only where docker has no compose',
+        'the Compose command; default: docker compose, or docker-compose where docker has none',
     ),
 }
 
@@ -2335,16 +2339,6 @@ def _handling(signals: Iterable[int]) -> Iterator[None]:
 
 
 # -- the command line ------------------------------------------------------------------------------
-_LOOKING = ('docker_compose', 'timeout', 'unhealthy', 'compose_command')
-_COMMANDS: Mapping[str, Tuple[str, Sequence[str]]] = {  # with the settings that each takes
-    'run': ('bring the stack up, watch it, and stop it at the signal (default)', Settings._fields),
-    'check': ('look once, repair what is wrong, and exit', ('settle', *_LOOKING)),
-    'status': ('print a table of services and containers', _LOOKING),
-    'hold': ('leave services alone for a while, to work on them by hand', _LOOKING),
-    'release': ('watch them again', _LOOKING),
-}
-
-
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the command line; return the exit code.
 
@@ -2352,20 +2346,17 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     """
     arguments = _parse_arguments(argv)
     outlet = _set_up_logging(arguments.pop('level'))
-    command = arguments.pop('command') or 'run'
+    command = _COMMANDS[arguments.pop('command') or 'run']
     given = {field: arguments.pop(field) for field in Settings._fields if field in arguments}
+    reconfigure = getattr(sys.stdout, 'reconfigure', None)  # since 3.7
+    if reconfigure:
+        reconfigure(errors='backslashreplace')  # a locale may know few letters
     try:
-        settings = Settings.load(**given)
-        if command == 'run':
-            return _run_until_signal(settings)
-        reconfigure = getattr(sys.stdout, 'reconfigure', None)  # since 3.7
-        if reconfigure:
-            reconfigure(errors='backslashreplace')  # a locale may know few letters
-        code = _FUNCTIONS[command](_Stack(settings), **arguments)
+        code = command.run(_Stack(Settings.load(**given)), **arguments)
         print(end='', flush=True)
         return code
     except KeyboardInterrupt:
-        return 0 if command == 'run' else 1
+        return 0 if command.run is _run_until_signal else 1
     except (ValueError, ComposeError, OSError) as error:
         outlet.write(f'broapt_compose: {error}\n')
         return 2 if isinstance(error, ValueError) else 1
@@ -2374,6 +2365,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 
 def _parse_arguments(argv: Optional[Sequence[str]]) -> Dict[str, Any]:
+    """Return what the command line gives: the command, settings, and the command's own."""
     import argparse
 
     class Parser(argparse.ArgumentParser):
@@ -2381,61 +2373,44 @@ def _parse_arguments(argv: Optional[Sequence[str]]) -> Dict[str, Any]:
             """Exit with 2 and one line, without argparse's usage."""
             self.exit(2, f'{self.prog}: {message}; --help lists what is accepted\n')
 
-    def add_options(parser: Any, shown: Sequence[str]) -> None:
-        for flags, level, text in _LEVELS:
-            text = text if shown else argparse.SUPPRESS
-            parser.add_argument(
-                *flags.split(),
-                dest='level',
-                action='store_const',
-                const=level,
-                help=text,
-                default=argparse.SUPPRESS,
-            )
-        for field, option in _OPTIONS.items():
-            default = Settings._field_defaults[field]
-            value = getattr(default, 'value', default) or 'what Compose would take'
-            text = f'{option.help} (BROAPT_{field.upper()}; default: {value})'
-            parser.add_argument(
-                *option.flags.split(),
-                dest=field,
-                metavar=option.metavar,
-                action='append' if option.parse is _parse_files else 'store',
-                help=text if field in shown else argparse.SUPPRESS,
-                default=argparse.SUPPRESS,
-            )
-
     epilog = (
         'COMMAND --help lists its options. Exit codes: 0 fine; 1 Docker failed, or a fault was '
         'found; 2 bad usage or setting.'
     )
     parser = Parser('broapt_compose', description=(__doc__ or '').split('\n')[0], epilog=epilog)
     parser.add_argument('-V', '--version', action='version', version='%(prog)s ' + __version__)
-    add_options(parser, ())  # taken before the command, too, and without one
-    words = sys.argv if argv is None else argv
+    files: List[str] = []
+    _add_settings(parser, (), files)  # taken before the command, too, and without one
     commands = parser.add_subparsers(dest='command', metavar='COMMAND', title='commands')
-    for name, (text, fields) in _COMMANDS.items():
-        command = commands.add_parser(name, help=text, description=text)
-        if name in words:  # the others can't be meant, and take time
-            add_options(command, fields)
-        if name == 'check':
-            command.add_argument(
-                '--dry-run',
-                action='store_true',
-                help='tell what would be done and why, and do nothing',
-            )
-        if name == 'status':
-            command.add_argument(
-                '--json', dest='as_json', action='store_true', help='print one JSON document'
-            )
-        if name in ('hold', 'release'):
-            command.add_argument('names', nargs='*', metavar='SERVICE', help='none: all of them')
-        if name == 'hold':
-            text = 'such as 90s, 30m or 2h, at most 24h (default: 1h)'
-            command.add_argument(
-                '--for', dest='span', type=_parse_span, metavar='TIME', default=3600.0, help=text
-            )
-    return {'level': logging.INFO, **vars(parser.parse_args(argv))}
+    for name, command in _COMMANDS.items():
+        own = commands.add_parser(name, help=command.text, description=command.text)
+        if name in (
+            sys.argv if argv is None else argv
+        ):  # the others can't be meant: that saves time
+            _add_settings(own, command.shown, files)
+        for flag, how in command.arguments.items():
+            own.add_argument(flag, **how)
+    arguments = {'level': logging.INFO, **vars(parser.parse_args(argv))}
+    if files:
+        arguments['docker_compose'] = files
+    return arguments
+
+
+def _add_settings(parser: Any, shown: Sequence[str], files: List[str]) -> None:
+    """Let the parser take all settings, and show some; the Compose files go to *files*."""
+    import argparse
+
+    hidden: Dict[str, Any] = {'help': argparse.SUPPRESS, 'default': argparse.SUPPRESS}
+    for flags, level, text in _LEVELS:
+        more = {**hidden, 'help': text} if shown else hidden
+        parser.add_argument(*flags.split(), dest='level', action='store_const', const=level, **more)
+    for field, option in _OPTIONS.items():
+        default = Settings._field_defaults[field]
+        value = f'; default: {getattr(default, "value", default)}' if default else ''
+        more = {**hidden, 'type': files.append} if option.parse is _parse_files else dict(hidden)
+        if field in shown:
+            more['help'] = f'{option.help} (BROAPT_{field.upper()}{value})'
+        parser.add_argument(*option.flags.split(), dest=field, metavar=option.metavar, **more)
 
 
 _LEVELS = (
@@ -2451,9 +2426,7 @@ def _parse_span(text: str) -> float:
     found = re.fullmatch(r'(\d+)([smh])', text)
     seconds = int(found.group(1)) * {'s': 1, 'm': 60, 'h': 3600}[found.group(2)] if found else 0
     if not 0 < seconds <= _LONGEST_HOLD:
-        raise argparse.ArgumentTypeError(
-            f'{text!r} is not a time such as 90s, 30m or 2h, at most 24h'
-        )
+        raise argparse.ArgumentTypeError(f'{text!r} is not a time {_SPAN}')
     return float(seconds)
 
 
@@ -2466,26 +2439,21 @@ def _set_up_logging(level: int) -> _Outlet:
     return outlet
 
 
-def _run_until_signal(settings: Settings) -> int:
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # also where it is ignored, in the background of a script
+def _run_until_signal(stack: _Stack) -> int:
+    """Keep the stack up until the signal; return 0."""
+    settings, stack.notify = stack.settings, _notify
+    # Also where it is ignored, in the background of a script.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     register(settings)
-    usec = (
-        os.environ.get('WATCHDOG_USEC', '')
-        if os.environ.get('WATCHDOG_PID', str(os.getpid())) == str(os.getpid())
-        else ''
-    )
-    if (
-        usec.isdigit()
-    ):  # check twice as often as systemd wants to hear of it: sd_watchdog_enabled(3)
-        settings = settings._replace(interval=min(settings.interval, max(int(usec), 1) / 2e6))
+    usec = os.environ.get('WATCHDOG_USEC', '')
+    if usec.isdigit() and os.environ.get('WATCHDOG_PID') in (None, str(os.getpid())):
+        # Check twice as often as systemd wants to hear of it: sd_watchdog_enabled(3).
+        interval = min(settings.interval, max(int(usec), 1) / 2e6)
+        stack.settings = settings._replace(interval=interval)
     try:
-        with _supervise(_Stack(settings, _notify)), contextlib.suppress(KeyboardInterrupt):
-            logger.info(
-                'the stack is up and watched; %s or Ctrl+C stops it',
-                signal.Signals(settings.kill_signal).name,
-            )
+        with _supervise(stack), contextlib.suppress(KeyboardInterrupt):
+            name = signal.Signals(settings.kill_signal).name
+            logger.info('the stack is up and watched; %s or Ctrl+C stops it', name)
             _wait(threading.Event())
         return 0
     finally:
@@ -2636,11 +2604,41 @@ def _release(stack: _Stack, names: Sequence[str]) -> int:
     return 0
 
 
-_FUNCTIONS: Mapping[str, Callable[..., int]] = {
-    'check': _check,
-    'status': _status,
-    'hold': _hold,
-    'release': _release,
+class _Command(NamedTuple):
+    run: Callable[..., int]
+    text: str  # in the help
+    shown: Sequence[str]  # the settings that matter to it
+    arguments: Mapping[str, Mapping[str, Any]] = {}  # its own: flag or name -> how it is taken
+
+
+_LOOKING = ('docker_compose', 'timeout', 'unhealthy', 'compose_command')
+_SPAN = 'such as 90s, 30m or 2h, at most 24h'
+_NAMES = {'names': {'nargs': '*', 'metavar': 'SERVICE', 'help': 'none: all of them'}}
+_FOR = {'dest': 'span', 'type': _parse_span, 'metavar': 'TIME', 'default': 3600.0}
+_DRY = {'action': 'store_true', 'help': 'tell what would be done and why, and do nothing'}
+_JSON = {'dest': 'as_json', 'action': 'store_true', 'help': 'print one JSON document'}
+_COMMANDS: Mapping[str, _Command] = {
+    'run': _Command(
+        _run_until_signal,
+        'bring the stack up, watch it, and stop it at the signal (default)',
+        Settings._fields,
+    ),
+    'check': _Command(
+        _check,
+        'look once, repair what is wrong, and exit',
+        ('settle', *_LOOKING),
+        {'--dry-run': _DRY},
+    ),
+    'status': _Command(
+        _status, 'print a table of services and containers', _LOOKING, {'--json': _JSON}
+    ),
+    'hold': _Command(
+        _hold,
+        'leave services alone for a while, to work on them by hand',
+        _LOOKING,
+        {**_NAMES, '--for': {**_FOR, 'help': f'{_SPAN} (default: 1h)'}},
+    ),
+    'release': _Command(_release, 'watch them again', _LOOKING, _NAMES),
 }
 
 
