@@ -285,7 +285,7 @@ _OPTIONS: Mapping[str, _Option] = {  # by field; the variable is BROAPT_ and the
         'FILE',
         _parse_files,
         'a readable file',
-        'Compose file, repeatable; in the variable joined by os.pathsep; default: what Compose finds',
+        'Compose file, repeatable; in the variable joined by os.pathsep; default: Compose finds it',
     ),
     'interval': _Option(
         '--interval -i',
