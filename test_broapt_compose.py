@@ -4953,6 +4953,19 @@ def test_options_before_and_after_the_command_are_the_same(world, command):
     assert command('--timeout', '0', 'status')[0] == command('status', '--timeout', '0')[0] == 2
 
 
+def test_compose_files_before_and_after_the_command_all_count(world):
+    arguments = bc._parse_arguments(['-f', 'a', 'status', '--file', 'b', '-f', 'c'])
+    assert arguments['docker_compose'] == ['a', 'b', 'c']
+
+
+def test_second_command_in_one_process_logs_like_the_first(world):
+    code = 'import broapt_compose as bc, sys; bc.main(["hold"]); bc.main(["-v", "status"])'
+    environment = dict(os.environ, PYTHONPATH=str(HERE))
+    world.run('core')
+    result = subprocess.run([sys.executable, '-c', code], env=environment, stderr=subprocess.PIPE)
+    assert b'DEBUG running docker compose config' in result.stderr, result.stderr
+
+
 # -- the command line: what is the matter ----------------------------------------------------------
 
 
