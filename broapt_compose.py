@@ -447,6 +447,11 @@ class UpFlag(threading.Event):
         else:
             self.clear()
 
+    def check(self) -> None:
+        """Raise _Cancelled if the flag is down."""
+        if not self.is_set():
+            raise _Cancelled
+
     @contextlib.contextmanager
     def when_lowered(self, callback: Callable[[], Any]) -> Iterator[None]:
         """During the block, call *callback* when the flag is lowered; at once if it is down."""
@@ -467,10 +472,8 @@ UP_FLAG = UpFlag()
 
 
 # -- processes -------------------------------------------------------------------------------------
-_OUTPUT_LIMIT, _ERROR_LIMIT = (
-    1 << 22,
-    1 << 16,
-)  # bytes that a command writes; of more, the end is kept
+# Bytes that a command writes; of more, the end is kept.
+_OUTPUT_LIMIT, _ERROR_LIMIT = 1 << 22, 1 << 16
 # The shell kills the command's process group once our end of the socket is closed, by us or by our
 # death, and tells the exit code, which waitpid() doesn't where SIGCHLD is ignored or others reap.
 _GUARD = 'exec 3<&0; (read -r _ <&3; kill -9 0) >/dev/null 2>&1 & "$@" <{} 3<&-; echo $? >&3'
@@ -506,9 +509,7 @@ class _Process:
         try:
             self.popen = subprocess.Popen(
                 ['/bin/sh', '-c', guard, 'sh', *command],
-                cwd=place.folder
-                if os.path.isdir(place.folder)
-                else '/',  # somebody may have removed it
+                cwd=place.folder if os.path.isdir(place.folder) else '/',  # it may be gone
                 env=place.get_environment(),
                 start_new_session=True,
                 stdin=theirs.fileno(),
@@ -582,15 +583,11 @@ def _run(
     Raises ComposeError if it can't be started, fails, or lasts longer than *limit* seconds;
     _Cancelled if *flag* is lowered.
     """
-    if flag is not None and not flag.value:
-        raise _Cancelled
-    process = _Process(command, place)
-    with contextlib.closing(process), flag.when_lowered(
-        process.kill
-    ) if flag else contextlib.ExitStack():
+    flag = flag or UpFlag()
+    flag.check()
+    with contextlib.closing(_Process(command, place)) as process, flag.when_lowered(process.kill):
         code, output, errors = process.read(limit, show)
-    if flag is not None and not flag.value:
-        raise _Cancelled
+    flag.check()
     if code != 0:
         raise ComposeError(command, code, errors, '' if code else f'no answer within {limit:g} s')
     return output
@@ -648,17 +645,20 @@ class _Engine:
         """*limit*: seconds for a request; *dial* starts what connects with any other endpoint."""
         self.path = endpoint.partition('unix://')[2]
         self.limit, self.dial = limit, dial
-        self.flag: Optional[UpFlag] = None  # requests are cancelled when it is lowered
+        self.flag = UpFlag()  # requests are cancelled when it is lowered
         # Elsewhere each connection may be a login: few at once, and the slow ones hold up no look.
         self.turns = [threading.Semaphore(64 if self.path else 4) for _ in range(2)]
         self.kept: List[_Socket] = []
         self.stream: Optional[_Socket] = None  # the one that events come from
         self.date = self.version = ''  # the engine's clock and API version, as told last
 
-    def request(self, method: str, path: str, limit: float = 0.0, **query: Any) -> Any:
+    def request(
+        self, method: str, path: str, limit: float = 0.0, absent: Sequence[int] = (), **query: Any
+    ) -> Any:
         """Return what the engine answers within *limit* seconds (0: its own limit), read from JSON.
 
-        Raises ComposeError for an error that it answers, and for no or half an answer; _Cancelled.
+        Raises ComposeError for no or half an answer and for an error, except for those that are
+        *absent*: None is returned for them. _Cancelled if the flag is lowered.
         """
         turn = self.turns[method == 'GET']
         with turn, self.ask(method, path, limit or self.limit, query) as (_, answer):
@@ -666,7 +666,7 @@ class _Engine:
             self.date = answer.getheader('Date', self.date)
             self.version = answer.getheader('Api-Version', self.version)
             content = json.loads(body) if body.strip() and answer.status < 400 else None
-        if answer.status >= 400:
+        if answer.status >= 400 and answer.status not in absent:
             raise ComposeError((method, path), answer.status, _read_message(body))
         return content
 
@@ -702,31 +702,24 @@ class _Engine:
         import http.client
         import urllib.parse
 
-        if self.flag is not None and not self.flag.value:
-            raise _Cancelled
+        self.flag.check()
         connection = http.client.HTTPConnection('localhost')
         connection.auto_open = 0
-        sock = answer = None
+        sock, keep = None, False
         try:
             sock = connection.sock = self._connect()
             sock.left = limit
-            with self.flag.when_lowered(sock.cut) if self.flag else contextlib.ExitStack():
+            with self.flag.when_lowered(sock.cut):
                 connection.request(method, f'{path}?{urllib.parse.urlencode(query)}')
                 answer = connection.getresponse()
                 yield sock, answer
+            keep = not self.path and answer.isclosed() and not answer.will_close
         except (OSError, ValueError, http.client.HTTPException) as error:
-            if self.flag is not None and not self.flag.value:
-                raise _Cancelled from None
+            self.flag.check()
             reason = _explain(error, sock, limit)
             raise ComposeError((method, path), None, '', reason) from None
         finally:
-            if (
-                sock is not None
-                and answer
-                and answer.isclosed()
-                and not answer.will_close
-                and not self.path
-            ):
+            if keep and sock is not None:
                 self.kept.append(sock)
             elif sock is not None:
                 sock.release()
@@ -802,9 +795,7 @@ class Container(NamedTuple):
     id: str
     name: str
     service: str
-    number: (
-        str  # which of the service's containers; a replacement bears the number of what it replaces
-    )
+    number: str  # which of the service's; a replacement bears the number of what it replaces
     state: State
     exit_code: Optional[int] = None  # None while it has not ended
     note: str = ''  # why it ended or could not start, as far as the engine knows
@@ -812,12 +803,8 @@ class Container(NamedTuple):
     since: float = 0.0  # when it came into this state, in seconds since 1970 by the engine's clock
     grace: float = _DEFAULT_GRACE  # seconds that it has to stop
     networks: Mapping[str, str] = {}  # name -> id; name -> name if it was never connected
-    owners: Mapping[
-        str, str
-    ] = {}  # id or name of a container -> which namespace of it this one shares
-    lost: str = (
-        ''  # what it was made for and is not there any more, so that it can never start again
-    )
+    owners: Mapping[str, str] = {}  # id or name of a container -> its namespace that this shares
+    lost: str = ''  # what it was made for and is gone, so that it can never start again
     watched: bool = True  # False if labelled broapt.watch=false
     folder: str = ''  # of the Compose file that made it
 
@@ -877,7 +864,7 @@ def _read_container(entry: Mapping[str, Any], details: Mapping[str, Any]) -> Con
         if state not in (State.CREATED, State.RUNNING, State.PAUSED)
         else None,
         note='out of memory' if found.get('OOMKilled') else found.get('Error', ''),
-        health=status if status != 'none' else '',
+        health=status if state in _ALIVE and status != 'none' else '',
         since=_read_time(found.get('StartedAt' if state in _ALIVE else 'FinishedAt', '')),
         grace=_DEFAULT_GRACE if grace is None else float(grace),
         networks={name: network.get('NetworkID') or name for name, network in networks.items()},
@@ -1033,9 +1020,7 @@ class Action(NamedTuple):
 class History(NamedTuple):
     """What decide() needs to know of the past."""
 
-    seen: Mapping[
-        Tuple[Verb, str], float
-    ] = {}  # when a fault was first seen that waits for its repair
+    seen: Mapping[Tuple[Verb, str], float] = {}  # when a fault that waits was first seen
     streaks: Mapping[str, Streak] = {}  # by Action.key
     crashed: FrozenSet[str] = frozenset()  # ids of containers whose process ended by itself
 
@@ -1086,9 +1071,8 @@ def _find_faults(own: Containers, services: Services, settings: Settings) -> Ite
             yield Action(verb, name, None, cause, why, wanted=not service.left)
 
 
-_Judgement = Tuple[
-    Optional[Verb], str, str
-]  # what is to be done (None: all is well), the fault, why it is left alone
+# What is to be done (None: all is well), the fault, why it is left alone.
+_Judgement = Tuple[Optional[Verb], str, str]
 
 
 def _judge(
@@ -1260,7 +1244,7 @@ class _Stack:
         self.copies: List[str] = []  # services of which somebody runs a copy
         self.images: Dict[str, Any] = {}  # id -> the label that tells a copy of a container
         self.hold_file, self.hold_trouble = os.path.join(self.home, '.broapt-hold'), ''
-        self.flag: Optional[UpFlag] = None  # commands and requests are cancelled when it is lowered
+        self.flag = UpFlag()  # commands and requests are cancelled when it is lowered
         self._engine: Optional[_Engine] = None
 
     def __getstate__(self) -> Dict[str, Any]:
@@ -1286,12 +1270,7 @@ class _Stack:
     def _find_endpoint(self) -> str:
         form = '{{.Name}} {{.Endpoints.docker.Host}}'
         try:
-            told = _run(
-                (*self.docker, 'context', 'inspect', '--format', form),
-                self.settings.timeout,
-                self.place,
-                self.flag,
-            )
+            told = self._call(*self.docker, 'context', 'inspect', '--format', form)
         except ComposeError as error:
             if error.returncode != 127:  # the shell's word for: no such command
                 raise
@@ -1305,6 +1284,9 @@ class _Stack:
         else:  # certificates or ssh belong to it
             self.place.environment['DOCKER_CONTEXT'] = name
         return endpoint
+
+    def _call(self, *command: str) -> str:
+        return _run(command, self.settings.timeout, self.place, self.flag)
 
     def compose(
         self, *arguments: str, limit: float = 0.0, show: Optional[Callable[[bytes], Any]] = None
@@ -1370,7 +1352,7 @@ class _Stack:
     def _is_legacy(self) -> bool:
         """Tell whether this is 1.x. If docker has no compose, docker-compose stands in for it."""
         try:
-            version = _run((*self.command, 'version'), self.settings.timeout, self.place, self.flag)
+            version = self._call(*self.command, 'version')
         except ComposeError as error:
             absent = error.returncode == 127 or re.search(
                 'is not a docker command|unknown command', error.stderr
@@ -1378,7 +1360,7 @@ class _Stack:
             if self.settings.compose_command or not absent:
                 raise
             self.command = ('docker-compose',)
-            version = _run((*self.command, 'version'), self.settings.timeout, self.place, self.flag)
+            version = self._call(*self.command, 'version')
         if not re.search(r'version v?1\.', version):
             return False
         engine = self.engine.request('GET', '/version')['ApiVersion'].split('.')
@@ -1455,24 +1437,20 @@ class _Stack:
         """Tell whether its labels come from an image that `docker commit` made of a container."""
         image = entry['ImageID']
         if image not in self.images:
-            try:
-                config = self.engine.request('GET', f'/images/{image}/json')['Config'] or {}
-            except ComposeError as error:
-                if error.returncode != 404:  # somebody has removed it
-                    raise
-                config = {}
-            self.images[image] = (config.get('Labels') or {}).get(_HASH)
+            found = self.engine.request('GET', f'/images/{image}/json', absent=(404,)) or {}
+            labels = (found.get('Config') or {}).get('Labels') or {}
+            self.images[image] = labels.get(_HASH)
         return self.images[image] is not None and self.images[image] == entry['Labels'].get(_HASH)
 
     def _inspect(self, known: Dict[str, Container], entry: Mapping[str, Any]) -> None:
-        details: Dict[str, Any] = {}
+        details, limit = {}, min(_INSPECT_LIMIT, self.settings.timeout)
         try:
             path = f'/containers/{entry["Id"]}/json'
-            details = self.engine.request('GET', path, min(_INSPECT_LIMIT, self.settings.timeout))
+            details = self.engine.request('GET', path, limit, absent=(404,))
         except ComposeError as error:
-            if error.returncode == 404:  # it has just been removed
-                return
             logger.debug('%s', error)  # the engine is busy with it: then the list's word
+        if details is None:
+            return  # it has just been removed
         known[entry['Id']] = _read_container(entry, details)
 
     def _find_losses(
@@ -1502,11 +1480,11 @@ class _Stack:
         return found
 
     def _exists(self, container: str) -> bool:
+        path = f'/containers/{container}/json'
         try:
-            self.engine.request('GET', f'/containers/{container}/json', _INSPECT_LIMIT)
-        except ComposeError as error:
-            return error.returncode != 404
-        return True
+            return self.engine.request('GET', path, _INSPECT_LIMIT, absent=(404,)) is not None
+        except ComposeError:  # the engine is busy with it
+            return True
 
     def get_own(self, containers: Containers) -> List[Container]:
         """Return those of this folder: another one's stack may have the same project name."""
@@ -1550,20 +1528,15 @@ class _Stack:
 
     def post(self, what: str, container: Container) -> None:
         """Unpause, start, restart, stop or kill a container; it has its grace period to stop."""
-        engine, query = self.engine, {}
-        if what in ('stop', 'restart'):
-            query['t'] = int(container.grace)  # without it, podman kills at once
-        engine.request(
-            'POST', f'/containers/{container.id}/{what}', engine.limit + container.grace, **query
-        )
+        # Without a time, podman kills at once.
+        query: Any = {'t': int(container.grace)} if what in ('stop', 'restart') else {}
+        limit = self.engine.limit + container.grace
+        self.engine.request('POST', f'/containers/{container.id}/{what}', limit, **query)
 
     def remove(self, container: Container) -> None:
         """Delete a container with its anonymous volumes."""
-        try:
-            self.engine.request('DELETE', f'/containers/{container.id}', force=1, v=1)
-        except ComposeError as error:
-            if error.returncode not in (404, 409):  # somebody else has, or is about to
-                raise
+        gone = (404, 409)  # somebody else has removed it, or is about to
+        self.engine.request('DELETE', f'/containers/{container.id}', absent=gone, force=1, v=1)
 
     def remove_network(self, network: str) -> None:
         """Delete a network, unless something else uses it."""
@@ -1592,7 +1565,7 @@ class _Stack:
                 with contextlib.closing(_Outlet(sys.stderr)) as outlet:
                     self.compose('up', *options, limit=math.inf, show=outlet.write)
         except BaseException as error:
-            self.flag = None
+            self.flag = UpFlag()  # nothing cancels that
             if self.settings.on_exit is OnExit.STOP:
                 self._undo(before, there, error)
             raise
@@ -1664,7 +1637,7 @@ class _Stack:
 
     def stop(self) -> None:
         """Stop the stack gracefully, kill what outlasts its time, and clean up in any case."""
-        self.flag = None
+        self.flag = UpFlag()  # nothing cancels the end
         own: List[Container] = []
         try:
             if not self.services:
@@ -1709,11 +1682,7 @@ class _Stack:
         if prune is not Prune.NONE and any(service.provided for service in self.services.values()):
             self.compose('down')  # the providers want to be told
         if prune is Prune.SYSTEM:
-            _run(
-                (*self.docker, 'system', 'prune', '--volumes', '--force'),
-                self.settings.timeout,
-                self.place,
-            )
+            self._call(*self.docker, 'system', 'prune', '--volumes', '--force')
         elif prune is Prune.PROJECT and not self.project:
             self.compose(
                 'down'
@@ -2100,7 +2069,7 @@ def _watch_in_process(stack: _Stack, begun: threading.Event) -> None:
     import multiprocessing.connection
     import multiprocessing.process
 
-    lowered, stack.flag = threading.Event(), None
+    lowered = threading.Event()
     with UP_FLAG.when_lowered(lowered.set):
         while not lowered.is_set():
             theirs, ours = multiprocessing.Pipe(duplex=False)  # what it says is: the end

@@ -2254,6 +2254,12 @@ def test_state_is_told_in_words(changes, words):
     assert bc._read_container(entry(), details(State=state(**changes))).condition == words
 
 
+@pytest.mark.parametrize('status, health', [('running', 'healthy'), ('exited', '')])
+def test_health_of_what_does_not_run_says_nothing(status, health):
+    found = state(Status=status, Health={'Status': 'healthy', 'FailingStreak': 0})
+    assert bc._read_container(entry(), details(State=found)).health == health
+
+
 @pytest.mark.parametrize(
     'health, word',
     [
