@@ -1058,20 +1058,25 @@ def _find_faults(own: Containers, services: Services, settings: Settings) -> Ite
     for container in own:
         verb, cause, why = _judge(container, own, services, settings)
         left = services[container.service].left if container.watched else _LABEL
-        if verb is not None and left:
-            yield Action(Verb.LEAVE, container.service, container, cause, left, wanted=False)
-        elif verb is not None:
-            yield Action(verb, container.service, container, cause, why)
+        if verb is not None:
+            yield _make_action(verb, container.service, container, cause, left, why)
     for name, service in services.items():
         missing = service.scale - len({c.number for c in own if c.service == name})
         if missing > 0:
             cause = 'missing' if service.scale == 1 else f'{missing} of {service.scale} missing'
-            why = service.left or _find_obstacle(name, own, services)
-            verb = Verb.LEAVE if why else Verb.CREATE
-            yield Action(verb, name, None, cause, why, wanted=not service.left)
+            why = _find_obstacle(name, own, services)
+            yield _make_action(Verb.CREATE, name, None, cause, service.left, why)
 
 
-# What is to be done (None: all is well), the fault, why it is left alone.
+def _make_action(
+    verb: Verb, service: str, container: Optional[Container], cause: str, left: str, why: str
+) -> Action:
+    """Return what is done about a fault: nothing if somebody wants that (*left*) or for *why*."""
+    why = left or why
+    return Action(Verb.LEAVE if why else verb, service, container, cause, why, wanted=not left)
+
+
+# What is to be done (None: all is well), the fault, why it can't be done now.
 _Judgement = Tuple[Optional[Verb], str, str]
 
 
@@ -1080,34 +1085,43 @@ def _judge(
 ) -> _Judgement:
     """Judge one container by the table of the contract."""
     state, cause = container.state, container.condition
-    twins = [c for c in own if (c.service, c.number) == (container.service, container.number)]
     if state is State.PAUSED:
         return Verb.UNPAUSE, cause, ''
     if state is State.DEAD:
         return Verb.REMOVE, cause, ''
     if state in (State.RESTARTING, State.REMOVING):
-        return Verb.LEAVE, cause, 'Docker is at it'
+        return Verb.START, cause, 'Docker is at it'
     if _is_done(container, services):
         return None, '', ''
-    # During an `up --force-recreate`, two containers bear one number: Compose 2.x creates the new
-    # one beside the old one running, 1.29 beside the old one stopped. So only the newest is
-    # touched, and not while an older one runs.
-    if state is not State.RUNNING and (
-        twins[0] is not container or any(c.state in _ALIVE for c in twins[1:])
-    ):
-        return Verb.LEAVE, cause, 'left over from an interrupted recreate: it will not be touched'
-    if container.lost or container.owners:
-        judgement = _judge_surroundings(container, own, services)
-        if judgement is not None:
-            return judgement
-    if state is State.RUNNING:
-        if container.health != 'unhealthy' or twins[0] is not container:
-            return None, '', ''
-        if settings.unhealthy is Unhealthy.IGNORE:
-            return Verb.LEAVE, cause, 'told to ignore health'
-        return Verb.RESTART, cause, ''
-    why = _find_obstacle(container.service, own, services) if state is State.CREATED else ''
-    return Verb.LEAVE if why else Verb.START, cause, why
+    replaced = _is_being_replaced(container, own)
+    if replaced and state is not State.RUNNING:
+        why = 'left over from an interrupted recreate: it will not be touched'
+        return Verb.START, cause, why
+    judgement = _judge_surroundings(container, own, services)
+    if judgement is not None:
+        return judgement
+    if state is not State.RUNNING:
+        created = state is State.CREATED
+        return (
+            Verb.START,
+            cause,
+            _find_obstacle(container.service, own, services) if created else '',
+        )
+    if container.health != 'unhealthy' or replaced:
+        return None, '', ''
+    ignored = settings.unhealthy is Unhealthy.IGNORE
+    return Verb.RESTART, cause, 'told to ignore health' if ignored else ''
+
+
+def _is_being_replaced(container: Container, own: Containers) -> bool:
+    """Tell whether somebody replaces the container, or by it another one.
+
+    During an `up --force-recreate`, two bear one number: Compose 2.x creates the new one beside the
+    old one running, 1.29 beside the old one stopped. So only the newest is touched, and not while
+    an older one runs.
+    """
+    twins = [c for c in own if (c.service, c.number) == (container.service, container.number)]
+    return twins[0] is not container or any(c.state in _ALIVE for c in twins[1:])
 
 
 def _judge_surroundings(
@@ -1118,17 +1132,15 @@ def _judge_surroundings(
         alone = [c.service for c in own].count(container.service) == 1
         why = _find_obstacle(container.service, own, services)
         verb = Verb.RECREATE if alone else Verb.REMOVE  # siblings would be created anew, too
-        return Verb.LEAVE if why else verb, f'{container.lost} is gone', why
+        return verb, f'{container.lost} is gone', why
     for name, kind in container.owners.items():
         for owner in own:
             if name not in (owner.id, owner.name):
                 continue
             if owner.state not in (State.RUNNING, State.PAUSED):
                 unwatched = services[owner.service].left or not owner.watched
-                why = f"its {kind}'s owner is not running" + (
-                    ' and not watched' if unwatched else ''
-                )
-                return Verb.LEAVE, container.condition, why
+                also = ' and not watched' if unwatched else ''
+                return Verb.RESTART, container.condition, f"its {kind}'s owner is not running{also}"
             if container.state is State.RUNNING and owner.since > container.since > 0:
                 return Verb.RESTART, f'its {kind} is gone: {owner.label} was started after it', ''
     return None
@@ -1785,7 +1797,9 @@ class _Watch:
         self.stirred = -math.inf  # when the last event came
         self.in_doubt = True  # whether the list tells all that changed: events may have been missed
         self.killed: Dict[str, Tuple[float, str]] = {}  # by somebody: when, and by which signal
-        self.history = History()
+        self.seen: Dict[Tuple[Verb, str], float] = {}  # as in History
+        self.streaks: Dict[str, Streak] = {}
+        self.crashed: Set[str] = set()
         self.declared: Optional[Set[str]] = None  # ids at the time when the files were read
         self.holds: Dict[str, float] = {}
         self.busy: List[str] = []  # ids, and services, that are being repaired
@@ -1861,24 +1875,26 @@ class _Watch:
             logger.info('Docker answers again, after %.0f s', now - self.outage)
             self.outage = None
         services = self.stack.get_services(self._note_holds())
-        actions = decide(containers, services, now, self.history, self.settings)
-        actions = [a for a in actions if a.key not in self.busy and a.service not in self.busy]
-        # While somebody removes one after the other, Compose would be run for each of them.
-        quiet = self.stirred + _QUIET
-        actions = [a._replace(due=max(a.due, quiet)) if a.verb in _UP else a for a in actions]
+        history = History(self.seen, self.streaks, frozenset(self.crashed))
+        actions = self._choose(decide(containers, services, now, history, self.settings))
         self._tell(actions, now, woken)
-        due = [action for action in actions if action.due <= now]
         waiting = [action for action in actions if now < action.due < math.inf]
-        self.history = self.history._replace(seen={(a.verb, a.key): a.since for a in waiting})
-        for verb in Verb:
-            group = [action for action in due if action.verb is verb]
-            # Only by Compose several at once: it takes its time for each command.
-            for some in [group] if verb in _UP else [[action] for action in group]:
-                self._begin(some, now)
+        self.seen = {(action.verb, action.key): action.since for action in waiting}
+        for group in _group([action for action in actions if action.due <= now]):
+            self._begin(group, now)
         self._report(containers, actions)
-        return (
-            min([now + self.settings.interval, *(action.due for action in waiting)]) - self.clock()
-        )
+        wanted = min([now + self.settings.interval, *(action.due for action in waiting)])
+        return wanted - self.clock()
+
+    def _choose(self, actions: Sequence[Action]) -> List[Action]:
+        """Return the actions about what is not being repaired.
+
+        Compose waits for a moment's quiet: somebody may be removing one container after the other,
+        and it would be run for each of them.
+        """
+        quiet = self.stirred + _QUIET
+        free = [a for a in actions if a.key not in self.busy and a.service not in self.busy]
+        return [a._replace(due=max(a.due, quiet)) if a.verb in _UP else a for a in free]
 
     # -- what has happened
 
@@ -1894,29 +1910,29 @@ class _Watch:
             event = self.events.popleft()
             kind, _, _ = event['Action'].partition(':')
             ident, told = event['Actor']['ID'], event['Actor']['Attributes']
-            moment, signum = self.killed.get(ident, (0.0, ''))
             named.add(ident)
             if kind in ('kill', 'stop', 'destroy', 'remove'):
                 self._note_deed(event, (ident, told.get(_SERVICE, '')))
-            if kind == 'die' and not (
-                signum and (signum not in _RELOADS or event['time'] - moment < _STEADY)
-            ):
-                self.history = self.history._replace(crashed=self.history.crashed | {ident})
+            if kind == 'die' and not self._was_killed(ident, event['time']):
+                self.crashed.add(ident)
             if kind in ('start', 'destroy', 'remove'):
                 self.killed.pop(ident, None)
-                self.history = self.history._replace(crashed=self.history.crashed - {ident})
+                self.crashed.discard(ident)
         return named
+
+    def _was_killed(self, ident: str, moment: float) -> bool:
+        """Tell whether a container that died at that moment was killed by somebody."""
+        killed, signum = self.killed.get(ident, (-math.inf, ''))
+        return moment - killed < _STEADY or (ident in self.killed and signum not in _RELOADS)
 
     def _note_deed(self, event: Mapping[str, Any], keys: Sequence[str]) -> None:
         """Note what somebody did to a container: the count of its repairs begins anew."""
-        streaks = dict(self.history.streaks)
         for key in keys:
-            recent = self.clock() - streaks.get(key, Streak()).ended < 1.0
+            recent = self.clock() - self.streaks.get(key, Streak()).ended < 1.0
             if key in self.busy or recent:
                 return  # it was us
         for key in keys:
-            streaks.pop(key, None)
-        self.history = self.history._replace(streaks=streaks)
+            self.streaks.pop(key, None)
         self.killed[keys[0]] = (event['time'], event['Actor']['Attributes'].get('signal', '9'))
 
     def _look(self, named: Set[str]) -> List[Container]:
@@ -1938,17 +1954,21 @@ class _Watch:
         except BaseException:
             self.in_doubt = True
             raise
-        kept = {}
-        for key, streak in self.history.streaks.items():
-            healed = streak.ill and any(c.id == key and c.health == 'healthy' for c in containers)
-            if not healed and (key in ids or key in self.stack.services):
-                kept[key] = streak
-        self.history = self.history._replace(streaks=kept)
+        self._forget(containers)
         return containers
+
+    def _forget(self, containers: Containers) -> None:
+        """Forget what is over: the illness of what is healthy, and what is not there any more."""
+        there = {*self.stack.services, *(c.id for c in containers)}
+        healthy = {c.id for c in containers if c.health == 'healthy'}
+        for key in list(self.streaks):
+            if key not in there or key in healthy and self.streaks[key].ill:
+                del self.streaks[key]
+        self.crashed &= there
 
     def _suffer(self, error: ComposeError, now: float) -> float:
         """Take note that Docker does not answer: nothing is repaired by old knowledge."""
-        self.history = self.history._replace(seen={})
+        self.seen = {}
         if self.outage is None:
             self.outage = now
             _warn(
@@ -1966,11 +1986,8 @@ class _Watch:
 
     def _tell(self, actions: Sequence[Action], now: float, woken: bool) -> None:
         """Warn of crash loops; let the events be followed anew if they did not tell of a fault."""
-        fresh = [
-            a
-            for a in actions
-            if a.verb is not Verb.LEAVE and (a.verb, a.key) not in self.history.seen
-        ]
+        known = self.seen
+        fresh = [a for a in actions if a.due < math.inf and (a.verb, a.key) not in known]
         for action in fresh:
             streak = action.streak
             if streak.repairs + 1 >= _LOOP:
@@ -1990,11 +2007,10 @@ class _Watch:
     # -- repairs
 
     def _begin(self, group: Sequence[Action], now: float) -> None:
-        if group:
-            for action in group:
-                self.busy += action.touched
-            self.tasks = [task for task in self.tasks if not task.ended.is_set()]
-            self.tasks.append(_Task(self._mend, group[0].verb, group, now))
+        for action in group:
+            self.busy += action.touched
+        self.tasks = [task for task in self.tasks if not task.ended.is_set()]
+        self.tasks.append(_Task(self._mend, group[0].verb, group, now))
 
     def _mend(self, verb: Verb, group: Sequence[Action], began: float) -> None:
         """Repair, in a thread, and leave the outcome for the watcher.
@@ -2011,14 +2027,7 @@ class _Watch:
             return
         except Exception as failure:
             error = failure
-        # An `up` creates siblings anew, or scales them away, and what shares a namespace.
-        service = self.stack.services.get(group[0].service, Service())
-        alone = service.scale == 1 and not service.owners
-        alone = alone and getattr(error, 'returncode', None) not in (
-            404,
-            409,
-        )  # it is being removed
-        instead = {Verb.START: Verb.UP if alone else None, Verb.RECREATE: Verb.REMOVE}.get(verb)
+        instead = self._find_instead(verb, group[0].service, error)
         if error and len(group) > 1:
             for action in group:
                 self._mend(verb, [action], began)
@@ -2028,6 +2037,14 @@ class _Watch:
         else:
             self.results.extend((verb, action, error, began) for action in group)
             self.wake.set()
+
+    def _find_instead(self, verb: Verb, service: str, error: Optional[Exception]) -> Optional[Verb]:
+        """Return what else may help where this failed, and concerns no sibling and no sharer."""
+        own = self.stack.services.get(service, Service())
+        gone = getattr(error, 'returncode', None) in (404, 409)  # it is being removed
+        if verb is Verb.START and own.scale == 1 and not own.owners and not gone:
+            return Verb.UP
+        return Verb.REMOVE if verb is Verb.RECREATE else None
 
     def _record(self, verb: Verb, action: Action, error: Optional[Exception], began: float) -> None:
         """Remember a repair: the next one of the same may have to wait."""
@@ -2053,9 +2070,15 @@ class _Watch:
         first_start = action.container and action.container.state is State.CREATED
         if error is not None or verb not in (Verb.UNPAUSE, Verb.REMOVE) and not first_start:
             streak = Streak(streak.repairs + 1, streak.began, now, ill, str(error or ''), failures)
-            self.history = self.history._replace(
-                streaks={**self.history.streaks, action.key: streak}
-            )
+            self.streaks[action.key] = streak
+
+
+def _group(actions: Iterable[Action]) -> Iterable[List[Action]]:
+    """Return what is done together: several only by Compose, which takes its time each time."""
+    groups: Dict[Any, List[Action]] = {}
+    for action in actions:
+        groups.setdefault(action.verb if action.verb in _UP else action.key, []).append(action)
+    return groups.values()
 
 
 _ADVICE = (
@@ -2460,7 +2483,7 @@ def _check(stack: _Stack, dry_run: bool) -> int:
     watch = _Watch(stack)
     with contextlib.closing(watch):
         watch.cycle()
-        if watch.history.seen:
+        if watch.seen:
             threading.Event().wait(stack.settings.settle)
             watch.cycle()
         while watch.busy:

@@ -3522,7 +3522,7 @@ def test_first_start_of_a_container_does_not_count_as_a_repair(world):
     world.add('core', 'created')
     with watch() as w:
         run_cycle(w)
-        assert summary(world) == ['start core1'] and w.history.streaks == {}
+        assert summary(world) == ['start core1'] and w.streaks == {}
 
 
 def test_unpausing_does_not_count(world):
