@@ -787,6 +787,7 @@ class State(enum.Enum):
 
 _PODMAN_STATES = {'stopped': 'exited', 'stopping': 'removing', 'initialized': 'created'}
 _ALIVE = (State.RUNNING, State.PAUSED, State.RESTARTING)
+_ENDED = (State.EXITED, State.DEAD, State.RESTARTING, State.REMOVING)
 
 
 class Container(NamedTuple):
@@ -833,6 +834,7 @@ class Service(NamedTuple):
     provided: bool = False  # by something else than containers
 
 
+_NAMESPACES = {'network': 'NetworkMode', 'pid': 'PidMode', 'ipc': 'IpcMode'}
 Containers = Sequence[Container]
 Services = Mapping[str, Service]
 
@@ -845,10 +847,6 @@ def _read_container(entry: Mapping[str, Any], details: Mapping[str, Any]) -> Con
     config = details.get('Config', {})
     word = found.get('Status', entry['State'])
     state = State(_PODMAN_STATES.get(word, word))
-    health = found.get('Health') or {}
-    status = health.get('Status', '')
-    if status == 'unhealthy' and not health.get('FailingStreak'):
-        status = 'starting'  # what Docker says from a pause until the next probe
     grace = config.get('StopTimeout') if 'HostConfig' in entry else None  # podman: always 0
     networks = entry['NetworkSettings']['Networks'] or {}
     modes = {
@@ -860,11 +858,9 @@ def _read_container(entry: Mapping[str, Any], details: Mapping[str, Any]) -> Con
         service=labels['com.docker.compose.service'],
         number=labels.get('com.docker.compose.container-number', ''),
         state=state,
-        exit_code=found.get('ExitCode')
-        if state not in (State.CREATED, State.RUNNING, State.PAUSED)
-        else None,
+        exit_code=found.get('ExitCode') if state in _ENDED else None,
         note='out of memory' if found.get('OOMKilled') else found.get('Error', ''),
-        health=status if state in _ALIVE and status != 'none' else '',
+        health=_read_health(found.get('Health') or {}) if state in _ALIVE else '',
         since=_read_time(found.get('StartedAt' if state in _ALIVE else 'FinishedAt', '')),
         grace=_DEFAULT_GRACE if grace is None else float(grace),
         networks={name: network.get('NetworkID') or name for name, network in networks.items()},
@@ -874,7 +870,11 @@ def _read_container(entry: Mapping[str, Any], details: Mapping[str, Any]) -> Con
     )
 
 
-_NAMESPACES = {'network': 'NetworkMode', 'pid': 'PidMode', 'ipc': 'IpcMode'}
+def _read_health(health: Mapping[str, Any]) -> str:
+    status = str(health.get('Status', ''))
+    if status == 'unhealthy' and not health.get('FailingStreak'):
+        return 'starting'  # what Docker calls unhealthy from a pause until the next probe
+    return '' if status == 'none' else status
 
 
 def _read_time(text: str) -> float:
@@ -894,33 +894,35 @@ def _read_services(
 
     *profiles*: those of 1.x that are on, since it prints what is off, too.
     """
-    services = {}
-    names = {}
-    for name, own in config['services'].items():
-        names[own.get('container_name') or f'{project}-{name}-1'] = name
-    for name, own in config['services'].items():
-        scale = own.get('scale', (own.get('deploy') or {}).get('replicas'))
-        switched_off = (
-            profiles is not None and 'profiles' in own and profiles.isdisjoint(own['profiles'])
-        )
-        owners = []
-        for mode in ('network_mode', 'pid', 'ipc'):
-            kind, _, owner = (own.get(mode) or '').partition(':')
-            owners.append({'service': owner, 'container': names.get(owner, '')}.get(kind, ''))
-        depends_on = {}
-        for other, needed in (own.get('depends_on') or {}).items():
-            if needed and needed.get('required', True):
-                depends_on[other] = needed.get('condition', '')
-        services[name] = Service(
-            scale=0 if switched_off or 'provider' in own else int(1 if scale is None else scale),
-            left=_LABEL
-            if str((own.get('labels') or {}).get('broapt.watch')).lower() == 'false'
-            else '',
-            owners=tuple(filter(None, owners)),
-            depends_on=depends_on,
-            provided='provider' in own,
-        )
-    return services
+    declared = config['services'].items()
+    names = {own.get('container_name') or f'{project}-{name}-1': name for name, own in declared}
+    return {name: _read_service(own, names, profiles) for name, own in declared}
+
+
+def _read_service(
+    own: Mapping[str, Any], names: Mapping[str, str], profiles: Optional[Set[str]]
+) -> Service:
+    """Return a service; *names*: of containers -> their services."""
+    scale = own.get('scale', (own.get('deploy') or {}).get('replicas'))
+    scale = 1 if scale is None else int(scale)
+    if profiles is not None and 'profiles' in own and profiles.isdisjoint(own['profiles']):
+        scale = 0
+    owners = []
+    for mode in ('network_mode', 'pid', 'ipc'):
+        kind, _, owner = (own.get(mode) or '').partition(':')
+        owners.append({'service': owner, 'container': names.get(owner, '')}.get(kind, ''))
+    depends_on = {}
+    for other, needed in (own.get('depends_on') or {}).items():
+        if needed and needed.get('required', True):
+            depends_on[other] = needed.get('condition', '')
+    watch = str((own.get('labels') or {}).get('broapt.watch'))
+    return Service(
+        scale=0 if 'provider' in own else scale,
+        left=_LABEL if watch.lower() == 'false' else '',
+        owners=tuple(filter(None, owners)),
+        depends_on=depends_on,
+        provided='provider' in own,
+    )
 
 
 _LABEL = 'labelled broapt.watch=false'
@@ -1076,6 +1078,7 @@ def _make_action(
     return Action(Verb.LEAVE if why else verb, service, container, cause, why, wanted=not left)
 
 
+_LEFT_OVER = 'left over from an interrupted recreate: it will not be touched'
 # What is to be done (None: all is well), the fault, why it can't be done now.
 _Judgement = Tuple[Optional[Verb], str, str]
 
@@ -1095,18 +1098,14 @@ def _judge(
         return None, '', ''
     replaced = _is_being_replaced(container, own)
     if replaced and state is not State.RUNNING:
-        why = 'left over from an interrupted recreate: it will not be touched'
-        return Verb.START, cause, why
+        return Verb.START, cause, _LEFT_OVER
     judgement = _judge_surroundings(container, own, services)
     if judgement is not None:
         return judgement
     if state is not State.RUNNING:
-        created = state is State.CREATED
-        return (
-            Verb.START,
-            cause,
-            _find_obstacle(container.service, own, services) if created else '',
-        )
+        first = state is State.CREATED
+        why = _find_obstacle(container.service, own, services) if first else ''
+        return Verb.START, cause, why
     if container.health != 'unhealthy' or replaced:
         return None, '', ''
     ignored = settings.unhealthy is Unhealthy.IGNORE
@@ -1190,17 +1189,20 @@ class _Task(threading.Thread):
     """A thread that keeps what its function raises."""
 
     def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
+        super().__init__(target=function, args=arguments, daemon=True)
+        self.error: Optional[Exception] = None
+        self.ended = threading.Event()
+
+    def begin(self) -> '_Task':
         """Start it. Where no thread is to be had, the function is called in this one.
 
         So it is in Python 3.12 once the main thread has ended.
         """
-        super().__init__(target=function, args=arguments, daemon=True)
-        self.error: Optional[Exception] = None
-        self.ended = threading.Event()
         try:
             self.start()
         except RuntimeError:
             self.run()
+        return self
 
     def run(self) -> None:
         """Call the function."""
@@ -1212,8 +1214,13 @@ class _Task(threading.Thread):
             self.ended.set()
 
     def wait(self) -> None:
+        """Wait for its end, if a signal did not come before it could begin."""
+        while not self.ended.wait(1.0) and self.ident is not None:
+            pass
+
+    def finish(self) -> None:
         """Wait for its end, and raise what it raised."""
-        _wait(self.ended)
+        self.wait()
         if self.error is not None:
             raise self.error
 
@@ -1225,11 +1232,20 @@ def _wait(event: threading.Event) -> None:
 
 def _in_parallel(function: Callable[[Any], Any], items: Iterable[Any]) -> None:
     """Call the function for each item, side by side; when all have ended, raise the first error."""
-    tasks = [_Task(function, item) for item in items]
-    for task in tasks:
-        _wait(task.ended)
+    tasks = [_Task(function, item).begin() for item in items]
     for task in tasks:
         task.wait()
+    for task in tasks:
+        task.finish()
+
+
+@contextlib.contextmanager
+def _going_on(how: str) -> Iterator[None]:
+    """Log that something has failed, and how it goes on."""
+    try:
+        yield
+    except ComposeError as error:
+        logger.error('%s; %s', error, how)
 
 
 class _Stack:
@@ -1651,30 +1667,21 @@ class _Stack:
         """Stop the stack gracefully, kill what outlasts its time, and clean up in any case."""
         self.flag = UpFlag()  # nothing cancels the end
         own: List[Container] = []
-        try:
+        with _going_on('stopping the stack nevertheless'):
             if not self.services:
                 self.read_services()
-        except ComposeError as error:
-            logger.error('%s; stopping the stack nevertheless', error)
-        try:
+        with _going_on('stopping the stack nevertheless'):
             own = self.get_own(self.observe())
             paused = [c for c in own if c.state is State.PAUSED]  # they can't stop gracefully
             _in_parallel(functools.partial(self.post, 'unpause'), paused)
-        except ComposeError as error:
-            logger.error('%s; stopping the stack nevertheless', error)
         grace = max([c.grace for c in own], default=_DEFAULT_GRACE)
         logger.info('stopping the stack (up to %g s)', grace)
         names = [name for name in self.services if name not in self.copies] if self.copies else []
-        try:
+        with _going_on('stopping the containers one by one'):
             if names or not self.copies:
                 self.compose('stop', *names, limit=self.settings.timeout + grace)
-        except ComposeError as error:
-            logger.error('%s; stopping the containers one by one', error)
         try:  # also what Compose leaves: services of a profile, or not in its file any more
-            own = self._end('stop')
-        except ComposeError as error:
-            logger.error('%s; killing the containers', error)
-            own = self._end('kill')
+            own = self._end(own)
         finally:
             try:
                 self._clean_up(own)
@@ -1683,10 +1690,19 @@ class _Stack:
         removed = self.settings.prune is not Prune.NONE
         logger.info('stopped%s', '; containers and networks removed' if removed else '')
 
-    def _end(self, what: str) -> List[Container]:
-        own = self.get_own(self.observe())
-        _in_parallel(functools.partial(self.post, what), [c for c in own if c.state in _ALIVE])
-        return own
+    def _end(self, own: Containers) -> List[Container]:
+        """Stop what still runs, and kill what can't be stopped; return all that there is."""
+        for what in ('stop', 'kill'):
+            try:
+                own = self.get_own(self.observe())
+                alive = [c for c in own if c.state in _ALIVE]
+                _in_parallel(functools.partial(self.post, what), alive)
+                break
+            except ComposeError as error:
+                if what == 'kill':
+                    raise
+                logger.error('%s; killing the containers', error)
+        return list(own)
 
     def _clean_up(self, own: Containers) -> None:
         """Delete what the setting *prune* says."""
@@ -1812,7 +1828,7 @@ class _Watch:
         """End what is under way."""
         UP_FLAG.value = False
         for task in self.tasks:
-            _wait(task.ended)
+            task.wait()
 
     def run(self) -> None:
         """Watch until the flag is lowered."""
@@ -2010,7 +2026,7 @@ class _Watch:
         for action in group:
             self.busy += action.touched
         self.tasks = [task for task in self.tasks if not task.ended.is_set()]
-        self.tasks.append(_Task(self._mend, group[0].verb, group, now))
+        self.tasks.append(_Task(self._mend, group[0].verb, group, now).begin())
 
     def _mend(self, verb: Verb, group: Sequence[Action], began: float) -> None:
         """Repair, in a thread, and leave the outcome for the watcher.
@@ -2089,56 +2105,58 @@ _ADVICE = (
 # -- the watcher in a process ----------------------------------------------------------------------
 def _watch_in_process(stack: _Stack, begun: threading.Event) -> None:
     """Keep a watcher process running while the flag is up; set *begun* once there is the first."""
-    import multiprocessing.connection
-    import multiprocessing.process
-
     lowered = threading.Event()
     with UP_FLAG.when_lowered(lowered.set):
         while not lowered.is_set():
-            theirs, ours = multiprocessing.Pipe(duplex=False)  # what it says is: the end
-            say_end = functools.partial(ours.send_bytes, b'.')  # a fork may hold it open
-            process = multiprocessing.Process(
-                target=_process_main, args=(theirs, ours, stack, logger.level)
-            )
-            with theirs, ours, UP_FLAG.when_lowered(say_end):
-                try:
-                    process.start()
-                except (
-                    OSError,
-                    AssertionError,
-                    RuntimeError,
-                ) as error:  # such as: daemonic processes have no children
-                    _warn(f'no watcher process can be started: {error}')
-                    begun.set()
-                    lowered.wait(stack.settings.interval)
-                    continue
-                # Else a process forked from the host would end it at its own exit.
-                multiprocessing.process._children.discard(process)  # type: ignore[attr-defined]
+            try:
+                code = _run_process(stack, begun)
+            except (
+                OSError,
+                AssertionError,
+                RuntimeError,
+            ) as error:  # a daemonic one has no children
+                _warn(f'no watcher process can be started: {error}')
                 begun.set()
-                multiprocessing.connection.wait([process.sentinel, theirs])
-            process.join(2)
-            if process.exitcode is None and process.pid:
-                os.kill(process.pid, signal.SIGKILL)
+                lowered.wait(stack.settings.interval)
+                continue
             if not lowered.wait(_RESPAWN):
-                code = process.exitcode
                 _warn(f'the watcher process has died (exit code {code}); starting it again')
+
+
+def _run_process(stack: _Stack, begun: threading.Event) -> Optional[int]:
+    """Run a watcher process until it ends, or the flag is lowered; return its exit code."""
+    import multiprocessing.connection
+    import multiprocessing.process
+
+    theirs, ours = multiprocessing.Pipe(duplex=False)  # what it says is: the end
+    say_end = functools.partial(ours.send_bytes, b'.')  # a fork may hold it open
+    arguments = (theirs, ours, stack, logger.level)
+    process = multiprocessing.Process(target=_process_main, args=arguments)
+    with theirs, ours, UP_FLAG.when_lowered(say_end):
+        process.start()
+        # Else a process forked from the host would end it at its own exit.
+        multiprocessing.process._children.discard(process)  # type: ignore[attr-defined]
+        begun.set()
+        multiprocessing.connection.wait([process.sentinel, theirs])
+    process.join(2)
+    if process.exitcode is None and process.pid:
+        os.kill(process.pid, signal.SIGKILL)
+    return process.exitcode
 
 
 def _process_main(theirs: Any, ours: Any, stack: _Stack, level: int) -> None:
     """Watch in a process of its own, until the parent closes its end of the pipe or is gone."""
     ours.close()  # with this copy open, the end of the parent would go unnoticed
-    for signum in (signal.SIGINT, signal.SIGHUP, stack.settings.kill_signal):
-        signal.signal(
-            signum, lambda *_: None
-        )  # the parent's business; not SIG_IGN, which commands would inherit
+    # Signals are the parent's business; not SIG_IGN, which commands would inherit.
+    for signum in _get_signals(stack.settings):
+        signal.signal(signum, lambda *_: None)
     stack._engine = None  # a forked copy has the parent's connections
     UP_FLAG.value = True
     if stack.notify is _notify:  # on the command line: a process that is not forked has to be told
         _set_up_logging(level)
-    watcher, parent = _Task(_Watch(stack).run), os.getppid()
-    while (
-        watcher.is_alive() and not theirs.poll(1.0) and os.getppid() == parent
-    ):  # a fork of it may hold the pipe open
+    watcher, parent = _Task(_Watch(stack).run).begin(), os.getppid()
+    # A fork of the parent may hold the pipe open.
+    while watcher.is_alive() and not theirs.poll(1.0) and os.getppid() == parent:
         pass
     UP_FLAG.value = False
     watcher.join()
@@ -2188,41 +2206,27 @@ def docker_compose(settings: Optional[Settings] = None) -> ContextManager[UpFlag
 
 @contextlib.contextmanager
 def _supervise(stack: _Stack) -> Iterator[UpFlag]:
-    process = sys.modules.get('multiprocessing.process')
-    if process is not None and getattr(process.current_process(), '_inheriting', False):
-        raise RuntimeError(
-            "docker_compose() must stand under `if __name__ == '__main__':` for multiprocessing"
-        )
-    owner, failed = os.getpid(), True
-    signals = (int(signal.SIGINT), int(signal.SIGHUP), stack.settings.kill_signal)
+    """Start the stack, watch it during the block, and stop it in the process that began it."""
+    _require_main_guard()
+    owner, failed, signals = os.getpid(), True, _get_signals(stack.settings)
     _Signals.number, _Signals.deaf_until = stack.settings.kill_signal, 0.0
     UP_FLAG.value = True
     stack.flag = UP_FLAG
-    start: Optional[_Task] = (
-        None  # in the main thread, a signal could lose a process that is started
-    )
-    begun = threading.Event()
-    watch = _watch_in_process if stack.settings.watcher is Watcher.PROCESS else _watch_in_thread
-    watcher = threading.Thread(
-        target=watch, args=(stack, begun), name='broapt-watchdog', daemon=True
-    )
+    # In the main thread, a signal could lose a process that is being started.
+    start, begun = _Task(stack.start), threading.Event()
+    watcher = _make_watcher(stack, begun)
     with _handling(signals):
         try:
             try:
-                start = _Task(stack.start)
-                start.wait()
+                _bring_up(stack, start)
                 watcher.start()
                 _wait(begun)  # a fork amid the body's own subprocesses would hold their pipes open
                 stack.notify('READY=1')
                 yield UP_FLAG
                 failed = False
-            except _Cancelled:
-                command = (*stack.command, 'up')
-                raise ComposeError(command, None, '', 'the flag was lowered') from None
             finally:
-                main = threading.current_thread() is threading.main_thread()
-                if os.getpid() == owner and main:
-                    _Signals.deaf_until = math.inf  # from here on, further signals are only noted
+                if os.getpid() == owner:
+                    _Signals.go_deaf()
         finally:  # nested, for a signal may come before that
             if os.getpid() == owner:
                 # Again: the body may have changed the handlers, as asyncio does.
@@ -2231,19 +2235,44 @@ def _supervise(stack: _Stack) -> Iterator[UpFlag]:
                 _Signals.deaf_until = 0.0
 
 
+def _require_main_guard() -> None:
+    process = sys.modules.get('multiprocessing.process')
+    if process is not None and getattr(process.current_process(), '_inheriting', False):
+        raise RuntimeError(
+            "docker_compose() must stand under `if __name__ == '__main__':` for multiprocessing"
+        )
+
+
+def _get_signals(settings: Settings) -> Tuple[int, ...]:
+    """Return the signals that end the host."""
+    return (int(signal.SIGINT), int(signal.SIGHUP), settings.kill_signal)
+
+
+def _bring_up(stack: _Stack, start: _Task) -> None:
+    try:
+        start.begin().finish()
+    except _Cancelled:
+        raise ComposeError((*stack.command, 'up'), None, '', 'the flag was lowered') from None
+
+
+def _make_watcher(stack: _Stack, begun: threading.Event) -> threading.Thread:
+    watch = _watch_in_process if stack.settings.watcher is Watcher.PROCESS else _watch_in_thread
+    name = 'broapt-watchdog'
+    return threading.Thread(target=watch, args=(stack, begun), name=name, daemon=True)
+
+
 def _watch_in_thread(stack: _Stack, begun: threading.Event) -> None:
     begun.set()
     _Watch(stack).run()
 
 
-def _end(stack: _Stack, start: Optional[_Task], watcher: threading.Thread, failed: bool) -> None:
+def _end(stack: _Stack, start: _Task, watcher: threading.Thread, failed: bool) -> None:
     stack.notify('STOPPING=1')
     UP_FLAG.value = False
     if watcher.is_alive():
         watcher.join(10)  # it ends at once, except in a host that is just being torn down
-    if start is not None:
-        _wait(start.ended)
-    if start is None or start.error is not None:
+    start.wait()
+    if start.error is not None or not start.ended.is_set():
         return  # it has undone what it did
     if stack.settings.on_exit is OnExit.LEAVE:
         logger.info('leaving the containers as they are')
@@ -2266,6 +2295,12 @@ class _Signals:
         0.0  # monotonic: a second from a signal on, as PyInstaller repeats it, and in the clean-up
     )
     noted: List[int] = []  # signals that came while deaf
+
+    @classmethod
+    def go_deaf(cls) -> None:
+        """From here on, only note the signals that the main thread gets."""
+        if threading.current_thread() is threading.main_thread():
+            cls.deaf_until = math.inf
 
 
 def flask_exit(signum: Optional[int] = None, frame: Any = None) -> None:
@@ -2449,7 +2484,7 @@ def _run_until_signal(stack: _Stack) -> int:
             _wait(threading.Event())
         return 0
     finally:
-        for signum in (signal.SIGINT, signal.SIGHUP, settings.kill_signal):
+        for signum in _get_signals(settings):
             signal.signal(signum, signal.SIG_IGN)  # nothing is left to interrupt
 
 
