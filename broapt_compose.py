@@ -2434,7 +2434,9 @@ def _add_settings(parser: Any, shown: Sequence[str], files: List[str]) -> None:
     for field, option in _OPTIONS.items():
         default = Settings._field_defaults[field]
         value = f'; default: {getattr(default, "value", default)}' if default else ''
-        more = {**hidden, 'type': files.append} if option.parse is _parse_files else dict(hidden)
+        more = dict(hidden)
+        if option.parse is _parse_files:
+            more['type'] = lambda name: files.append(name)  # 3.6 wants what can be hashed
         if field in shown:
             more['help'] = f'{option.help} (BROAPT_{field.upper()}{value})'
         parser.add_argument(*option.flags.split(), dest=field, metavar=option.metavar, **more)
