@@ -1439,11 +1439,12 @@ class _Stack:
         try:
             entries = self._list_containers(f'{_PROJECT}={self.project}')
             services = [e for e in entries if e['Labels'].get(_ONE_OFF) != 'True']
-            own = [entry for entry in services if not self._is_copy(entry)]
-            self.copies = [e['Labels'].get(_SERVICE) for e in services if e not in own]
+            copies = {e['Id']: e['Labels'].get(_SERVICE) for e in services if self._is_copy(e)}
+            self.copies = list(copies.values())
+            own = [entry for entry in services if entry['Id'] not in copies]
             self.files = own[0]['Labels'].get(_FILES, '').split(',') if own else []
-            stale = [entry for entry in own if self._is_stale(entry, named)]
-            known = {e['Id']: self.known[e['Id']] for e in own if e not in stale}
+            known = {e['Id']: self.known[e['Id']] for e in own if not self._is_stale(e, named)}
+            stale = [entry for entry in own if entry['Id'] not in known]
             _in_parallel(functools.partial(self._inspect, known), stale)
             self.known = known
             containers = [known[e['Id']] for e in own if e['Id'] in known]  # one may be gone by now
