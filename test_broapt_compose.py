@@ -6924,14 +6924,14 @@ def test_unit_file_of_the_readme_is_accepted_by_systemd(tmp_path):
 
 
 def test_webhook_of_the_readme_gets_what_is_logged(tmp_path):
-    code = re.search(
-        '```python\n(import json, logging.*?)```', (HERE / 'README.md').read_text(), re.DOTALL
-    ).group(1)
+    blocks = re.findall('```python\n(.*?)```', (HERE / 'README.md').read_text(), re.DOTALL)
+    (code,) = [block for block in blocks if 'HTTPHandler' in block]
     posted = []
 
     class Hook(http.server.BaseHTTPRequestHandler):
         def do_POST(self):
-            posted.append(json.loads(self.rfile.read(int(self.headers['Content-Length'])).decode()))
+            length = int(self.headers['Content-Length'])
+            posted.append(urllib.parse.parse_qs(self.rfile.read(length).decode()))
             self.send_response(204)
             self.end_headers()
 
@@ -6941,10 +6941,10 @@ def test_webhook_of_the_readme_gets_what_is_logged(tmp_path):
     with http.server.HTTPServer(('127.0.0.1', 0), Hook) as server:
         server.socket.settimeout(30)
         code = code.replace('127.0.0.1:8080', '127.0.0.1:{}'.format(server.server_address[1]))
-        code += "logging.getLogger('broapt_compose').warning('core: %s', 'missing')\ninput()\n"
+        code += "log.warning('core: %s', 'missing')\ninput()\n"
         with Host([sys.executable, '-c', code], tmp_path / 'log', stdin=subprocess.PIPE) as host:
             server.handle_request()
-            assert posted == [{'text': 'core: missing'}], host.log()
+            assert [form['msg'] for form in posted] == [['core: missing']], host.log()
 
 
 def need(*modules):
