@@ -6230,12 +6230,8 @@ class Engine:
     def __init__(self, options=(), home=None):
         self.folder = pathlib.Path(tempfile.mkdtemp(prefix='bt'))  # a socket's path has to be short
         self.bridge = self.folder.name[:15]
-        self.options = [
-            '--bridge=' + self.bridge,
-            '--iptables=false',
-            '--default-address-pool=base=10.233.128.0/17,size=24',
-            *options,
-        ]
+        # No --default-address-pool: with it, the second start deletes the machine's docker0.
+        self.options = ['--bridge=' + self.bridge, '--iptables=false', *options]
         for option in ('data-root', 'exec-root', 'pidfile'):
             self.options += ['--{}={}'.format(option, self.folder / option)]
         socket_path = 'unix://{}'.format(self.folder / 'socket')
