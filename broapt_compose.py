@@ -1580,26 +1580,60 @@ class _Stack:
 
     def start(self) -> None:
         """Bring the stack up, without a deadline; what a failed start has created is undone."""
-        self.open()
-        before, there = self.observe(), self._list_all()
-        services = self.get_services(self.read_holds())
-        options = ['--build', '--detach', *self._count_copies(services)]
-        left = self._find_left(before, services)
-        if left:
-            logger.info('left as it is: %s', ', '.join(sorted(left)))
-            options += ['--no-deps', *sorted(services.keys() - left)]
+        reading = _Task(self.read_services).begin()
         try:
-            self._prepare(before, services)
-            if services.keys() != left:
-                with contextlib.closing(_Outlet(sys.stderr)) as outlet:
-                    self.compose('up', *options, limit=math.inf, show=outlet.write)
+            there, alone = self._list_all(), self._is_alone()
+        except ComposeError:
+            reading.finish()  # what is wrong with the files is told rather
+            raise
+        if not alone:
+            reading.finish()
+        before = [] if alone else self.observe()
+        try:
+            self._bring_up(reading, [] if alone else self._make_ready(before))
         except BaseException as error:
+            reading.wait()
             self.flag = UpFlag()  # nothing cancels that
             if self.settings.on_exit is OnExit.STOP:
                 self._undo(before, there, error)
             raise
         if not self.project:
             self.find_project()
+
+    def _is_alone(self) -> bool:
+        """Tell whether `up` need not wait for what the files say, which saves time.
+
+        So it is where nothing was made by Compose, and nothing is on hold.
+        """
+        made = self._list_containers(_PROJECT)
+        return 'compose' in self.command[1:] and not made and not self.read_holds()
+
+    def _bring_up(self, reading: _Task, options: Optional[List[str]]) -> None:
+        """Run `up`, with no options: for nothing; and see that the files could be read."""
+        command = self.command
+        while options is not None:
+            try:
+                with contextlib.closing(_Outlet(sys.stderr)) as outlet:
+                    up = ('up', '--build', '--detach', *options)
+                    self.compose(*up, limit=math.inf, show=outlet.write)
+                break
+            except ComposeError:
+                reading.finish()
+                if self.command == command:
+                    raise
+                command = self.command  # `docker-compose`, where docker has no `compose`
+        reading.finish()
+
+    def _make_ready(self, before: Containers) -> Optional[List[str]]:
+        """Mend what `up` can't, and return its options; None if it has nothing to do."""
+        services = self.get_services(self.read_holds())
+        self._prepare(before, services)
+        options = self._count_copies(services)
+        left = self._find_left(before, services)
+        if left:
+            logger.info('left as it is: %s', ', '.join(sorted(left)))
+            options += ['--no-deps', *sorted(services.keys() - left)]
+        return None if services.keys() == left else options
 
     def _list_all(self) -> Set[str]:
         """Return the ids of all containers and networks of the engine."""
@@ -1893,7 +1927,9 @@ class _Watch:
             self.outage = None
         services = self.stack.get_services(self._note_holds())
         history = History(self.seen, self.streaks, frozenset(self.crashed))
-        actions = self._choose(decide(containers, services, now, history, self.settings))
+        actions = self._choose(
+            decide(containers, services, now, history, self.settings), containers
+        )
         self._tell(actions, now, woken)
         waiting = [action for action in actions if now < action.due < math.inf]
         self.seen = {(action.verb, action.key): action.since for action in waiting}
@@ -1903,13 +1939,14 @@ class _Watch:
         wanted = min([now + self.settings.interval, *(action.due for action in waiting)])
         return wanted - self.clock()
 
-    def _choose(self, actions: Sequence[Action]) -> List[Action]:
+    def _choose(self, actions: Sequence[Action], containers: Containers) -> List[Action]:
         """Return the actions about what is not being repaired.
 
-        Compose waits for a moment's quiet: somebody may be removing one container after the other,
-        and it would be run for each of them.
+        Compose waits for a moment's quiet while another container has ended, too: somebody may be
+        removing one after the other, and it would be run for each of them.
         """
-        quiet = self.stirred + _QUIET
+        ended = any(c.state in _ENDED for c in containers)
+        quiet = self.stirred + _QUIET if ended else 0.0
         free = [a for a in actions if a.key not in self.busy and a.service not in self.busy]
         return [a._replace(due=max(a.due, quiet)) if a.verb in _UP else a for a in free]
 

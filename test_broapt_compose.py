@@ -3238,6 +3238,21 @@ def test_stack_that_was_never_up_is_brought_up(world):
     assert world.state('side1') == 'running'
 
 
+def test_compose_waits_for_a_moment_of_quiet_while_more_is_being_removed(world):
+    world.run('core', 'side')
+    clock = Clock()
+    with watch(clock=clock) as w:
+        run_cycle(w)
+        world.change('side1', 'removing')
+        world.act('remove', 'core1', force='1')
+        w.stirred = clock()
+        assert run_cycle(w) <= 0.02 and 'core1.2' not in world.containers
+        world.act('remove', 'side1', force='1')
+        clock.now += 0.01
+        run_cycle(w)
+        assert summary(world)[-1] == 'compose up --detach --no-recreate --no-deps core side'
+
+
 def test_dead_container_is_removed_and_created_anew(world):
     world.run('core', 'side')
     world.change('core1', 'dead')
@@ -4150,6 +4165,49 @@ def test_start_needs_few_requests_and_commands(world):
     commands = sorted(' '.join(argv).split(' --')[0] for argv in world.commands())
     assert commands == ['compose config', 'compose up', 'context inspect']
     assert len(world.requests()) <= 4
+
+
+def answer_config_after_up(world):
+    """Let `config` wait for `up`, a moment long; return where it is noted whether that came."""
+    came = []
+    world.command(
+        'compose config', call=lambda: came.append(eventually(lambda: UP in world.changes(), 1))
+    )
+    return came
+
+
+def test_first_stack_of_an_engine_is_brought_up_while_its_files_are_read(world):
+    world.declare('core')
+    came = answer_config_after_up(world)
+    with bc.docker_compose(FAST):
+        assert came == [True]
+        assert world.state('core1') == 'running'
+    assert not world.containers
+
+
+@pytest.mark.parametrize(
+    'prepare',
+    [
+        lambda world: world.add('core', 'exited'),
+        lambda world: world.add('other', labels={LABEL + 'project': 'another'}),
+        lambda world: hold(core=60),
+    ],
+    ids=['left of it', 'stack of another project', 'on hold'],
+)
+def test_files_are_read_first_where_there_may_be_something_to_look_out_for(world, prepare):
+    world.declare('core', 'side')
+    prepare(world)
+    came = answer_config_after_up(world)
+    bc.start_container(FAST)
+    assert came == [False] and world.state('side1') == 'running'
+
+
+def test_start_whose_files_cannot_be_read_is_undone_although_up_could(world):
+    world.declare('core')
+    world.command('compose config', code=15, err='yaml: no')
+    with pytest.raises(ComposeError, match='docker compose config .*: yaml: no'):
+        bc.start_container(FAST)
+    assert summary(world) == [UP, 'remove core1']
 
 
 def test_what_up_cannot_mend_is_mended_before_it(world):
