@@ -1253,10 +1253,10 @@ class _Stack:
     """One Compose project: what is declared, what is there, and what can be done to it."""
 
     def __init__(self, settings: Optional[Settings], notify: Callable[[str], Any] = str) -> None:
-        self.settings = Settings.load() if settings is None else settings
+        self.settings = settings or Settings.load()
         self.notify = notify  # takes messages for the service manager
         self.command = self.settings.compose_command or ('docker', 'compose')
-        at = self.command.index('compose') if 'compose' in self.command[1:] else 0
+        at = self.command.index('compose') if 'compose' in self.command else 0
         self.docker = self.command[:at] or ('docker',)  # with the words that choose an engine
         try:
             folder = os.getcwd()
@@ -1357,8 +1357,7 @@ class _Stack:
             profiles = None
             if self.legacy:
                 profiles = set(os.environ.get('COMPOSE_PROFILES', '').split(','))
-                words = zip(self.command, self.command[1:])
-                profiles.update(after for word, after in words if word == '--profile')
+                profiles.update(re.findall('--profile[ =]([^ ]+)', ' '.join(self.command)))
             services = _read_services(config, project, profiles)
             if services:
                 return project, services
@@ -1367,16 +1366,15 @@ class _Stack:
         raise ComposeError((*self.command, 'config'), 0, '', why)
 
     def _read_config(self) -> Any:
-        if self.legacy:
-            return _parse_yaml(self.compose('config'))
-        command = self.command
-        try:
-            return json.loads(self.compose('config', '--format', 'json'))
-        except (ComposeError, ValueError):  # 1.x exits with 0, having printed its usage
-            self.legacy = self._is_legacy()
-            if not self.legacy and self.command == command:
-                raise
-        return self._read_config()
+        while not self.legacy:
+            command = self.command
+            try:
+                return json.loads(self.compose('config', '--format', 'json'))
+            except (ComposeError, ValueError):  # 1.x exits with 0, having printed its usage
+                self.legacy = self._is_legacy()
+                if not self.legacy and self.command == command:
+                    raise
+        return _parse_yaml(self.compose('config'))
 
     def _is_legacy(self) -> bool:
         """Tell whether this is 1.x. If docker has no compose, docker-compose stands in for it."""
@@ -1392,11 +1390,10 @@ class _Stack:
             version = self._call(*self.command, 'version')
         if not re.search(r'version v?1\.', version):
             return False
-        engine = self.engine.request('GET', '/version')['ApiVersion'].split('.')
-        if (int(engine[0]), int(engine[1])) > (1, 44):  # 1.x reads a field that was dropped then
-            self.place.environment['COMPOSE_API_VERSION'] = os.environ.get(
-                'COMPOSE_API_VERSION', '1.44'
-            )
+        newest = '1.44'  # in later ones, a field that 1.x reads is gone
+        if self.engine.request('GET', '/version')['ApiVersion'] > newest:
+            pinned = os.environ.get('COMPOSE_API_VERSION', newest)
+            self.place.environment['COMPOSE_API_VERSION'] = pinned
         return True
 
     def find_project(self) -> None:
@@ -1705,26 +1702,19 @@ class _Stack:
 
     def read_holds(self) -> Dict[str, float]:
         """Return until when which service is on hold, in seconds since 1970."""
+        holds, trouble, now = {}, '', time.time()
         try:
             with open(self.hold_file, encoding='utf-8', opener=_open_at_once) as file:
-                holds = {str(name): float(until) for name, until in json.load(file).items()}
-            trouble = ''
+                told = json.load(file, parse_int=float)
+            holds = {name: end for name, end in told.items() if now < end <= now + _LONGEST_HOLD}
         except FileNotFoundError:
-            holds, trouble = {}, ''
-        except (
-            OSError,
-            ArithmeticError,
-            ValueError,
-            TypeError,
-            AttributeError,
-            RecursionError,
-        ) as error:
-            holds, trouble = {}, f'{self.hold_file} cannot be read, so nothing is on hold: {error}'
+            pass
+        except (OSError, RecursionError, *_MISREAD) as error:
+            trouble = f'{self.hold_file} cannot be read, so nothing is on hold: {error}'
         if trouble and not self.hold_trouble:
             _warn(trouble)
         self.hold_trouble = trouble
-        now = time.time()
-        return {name: until for name, until in holds.items() if now < until <= now + _LONGEST_HOLD}
+        return holds
 
     def write_holds(self, holds: Mapping[str, float]) -> None:
         """Replace the file of holds, as a whole or not at all."""
@@ -1734,10 +1724,9 @@ class _Stack:
                 json.dump(holds, file)
             os.chmod(temporary, 0o644)  # whatever the umask: others have to read it
             os.replace(temporary, self.hold_file)
-        except OSError:
+        finally:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
-            raise
 
     def get_services(self, holds: Mapping[str, float]) -> Dict[str, Service]:
         """Return the declared services; those on hold are left alone."""
