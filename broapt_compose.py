@@ -1184,6 +1184,7 @@ _ONE_OFF = 'com.docker.compose.oneoff'  # made by `compose run`
 _HASH = 'com.docker.compose.config-hash'
 # What comes of reading an answer, or a file, of another form than expected.
 _MISREAD = (LookupError, TypeError, ValueError, AttributeError)
+_Entry = Dict[str, Any]  # what the engine's list says of one container, or network
 
 
 class _Task(threading.Thread):
@@ -1249,12 +1250,11 @@ def _going_on(how: str) -> Iterator[None]:
         logger.error('%s; %s', error, how)
 
 
-class _Stack:
-    """One Compose project: what is declared, what is there, and what can be done to it."""
+class _Docker:
+    """The two ways to Docker: the engine, and Compose as a command."""
 
-    def __init__(self, settings: Optional[Settings], notify: Callable[[str], Any] = str) -> None:
+    def __init__(self, settings: Optional[Settings]) -> None:
         self.settings = settings or Settings.load()
-        self.notify = notify  # takes messages for the service manager
         self.command = self.settings.compose_command or ('docker', 'compose')
         at = self.command.index('compose') if 'compose' in self.command else 0
         self.docker = self.command[:at] or ('docker',)  # with the words that choose an engine
@@ -1264,22 +1264,13 @@ class _Stack:
             folder = '/'
         self.place = _Place(folder, {})
         self.home = os.path.dirname((*self.settings.docker_compose, folder + '/')[0])
-        self.endpoint = self.project = ''
+        self.endpoint = ''
         self.legacy = False  # Compose 1.x
-        self.services: Dict[str, Service] = {}  # as declared when they were last read
-        self.stamp: List[float] = []  # when the files had been written that were read
-        self.files: List[str] = []  # what Compose has found, as its containers tell
-        self.known: Dict[str, Container] = {}  # as seen last, by id
-        self.copies: List[str] = []  # services of which somebody runs a copy
-        self.images: Dict[str, Any] = {}  # id -> the label that tells a copy of a container
-        self.hold_file, self.hold_trouble = os.path.join(self.home, '.broapt-hold'), ''
         self.flag = UpFlag()  # commands and requests are cancelled when it is lowered
         self._engine: Optional[_Engine] = None
 
     def __getstate__(self) -> Dict[str, Any]:
         return {**self.__dict__, '_engine': None, 'flag': None}  # each process has its own
-
-    # -- how it is reached
 
     def close(self) -> None:
         """End the connections that are kept."""
@@ -1325,47 +1316,8 @@ class _Stack:
         command = (*self.command, *files, *arguments)
         return _run(command, limit or self.settings.timeout, self.place, self.flag, show)
 
-    def open(self) -> None:
-        """Read the Compose files, and meanwhile find the engine."""
-        _in_parallel(lambda job: job(), (self.read_services, lambda: self.engine.get_time()))
-
-    # -- what is declared
-
-    def read_services(self) -> None:
-        """Read what the Compose files declare; should that fail later, go on by what they said."""
-        self.stamp = self.get_stamp()
-        try:
-            self.project, self.services = self._read_project()
-        except ComposeError as error:
-            if not self.services:
-                raise
-            _warn(f'the Compose file cannot be read; going on by what it said before: {error}')
-
-    def get_stamp(self) -> List[float]:
-        """Return when each of the Compose files was last written."""
-        times = []
-        for file in self.settings.docker_compose or self.files:
-            with contextlib.suppress(OSError):
-                times.append(os.stat(file).st_mtime)
-        return times
-
-    def _read_project(self) -> Tuple[str, Dict[str, Service]]:
-        why = 'it names no services'
-        try:
-            config = self._read_config()
-            project = config.get('name', self.project)
-            profiles = None
-            if self.legacy:
-                profiles = set(os.environ.get('COMPOSE_PROFILES', '').split(','))
-                profiles.update(re.findall('--profile[ =]([^ ]+)', ' '.join(self.command)))
-            services = _read_services(config, project, profiles)
-            if services:
-                return project, services
-        except _MISREAD as error:
-            why = f'its answer is not understood: {error!r}'
-        raise ComposeError((*self.command, 'config'), 0, '', why)
-
-    def _read_config(self) -> Any:
+    def read_config(self) -> Any:
+        """Return what `compose config` says, having found out which Compose there is."""
         while not self.legacy:
             command = self.command
             try:
@@ -1396,6 +1348,61 @@ class _Stack:
             self.place.environment['COMPOSE_API_VERSION'] = pinned
         return True
 
+
+class _Project(_Docker):
+    """One Compose project: what is declared, what is there, and what shall be left alone."""
+
+    def __init__(self, settings: Optional[Settings], notify: Callable[[str], Any] = str) -> None:
+        super().__init__(settings)
+        self.notify = notify  # takes messages for the service manager
+        self.project = ''  # its name
+        self.services: Dict[str, Service] = {}  # as declared when they were last read
+        self.stamp: List[float] = []  # when the files had been written that were read
+        self.files: List[str] = []  # what Compose has found, as its containers tell
+        self.known: Dict[str, Container] = {}  # as seen last, by id
+        self.copies: List[str] = []  # services of which somebody runs a copy
+        self.images: Dict[
+            str, Optional[str]
+        ] = {}  # id -> the label that tells a copy of a container
+        self.hold_file, self.hold_trouble = os.path.join(self.home, '.broapt-hold'), ''
+
+    def open(self) -> None:
+        """Read the Compose files, and meanwhile find the engine."""
+        _in_parallel(lambda job: job(), (self.read_services, lambda: self.engine.get_time()))
+
+    # -- what is declared
+
+    def read_services(self) -> None:
+        """Read what the Compose files declare; should that fail later, go on by what they said."""
+        self.stamp = self.get_stamp()
+        try:
+            self.project, self.services = self._read_project()
+        except ComposeError as error:
+            if not self.services:
+                raise
+            _warn(f'the Compose file cannot be read; going on by what it said before: {error}')
+
+    def get_stamp(self) -> List[float]:
+        """Return when each of the Compose files was last written."""
+        files = self.settings.docker_compose or self.files
+        return [os.path.getmtime(file) for file in files if os.path.exists(file)]
+
+    def _read_project(self) -> Tuple[str, Dict[str, Service]]:
+        why = 'it names no services'
+        try:
+            config = self.read_config()
+            project = config.get('name', self.project)
+            profiles = None
+            if self.legacy:
+                profiles = set(os.environ.get('COMPOSE_PROFILES', '').split(','))
+                profiles.update(re.findall('--profile[ =]([^ ]+)', ' '.join(self.command)))
+            services = _read_services(config, project, profiles)
+            if services:
+                return project, services
+        except _MISREAD as error:
+            why = f'its answer is not understood: {error!r}'
+        raise ComposeError((*self.command, 'config'), 0, '', why)
+
     def find_project(self) -> None:
         """Learn the project's name from a container, where Compose doesn't tell it."""
         if self.legacy:
@@ -1409,12 +1416,10 @@ class _Stack:
 
     # -- what is there
 
-    def _list(self, path: str, *labels: str) -> List[Dict[str, Any]]:
+    def _list(self, path: str, *labels: str) -> List[_Entry]:
         """Return the engine's list of what has these labels."""
         query = json.dumps({'label': labels})
-        found = self.engine.request('GET', path, all=1, filters=query)
-        if not isinstance(found, list):
-            raise ComposeError(('GET', path), None, '', 'its answer is not understood')
+        found: List[_Entry] = self.engine.request('GET', path, all=1, filters=query)
         return found
 
     def observe(self, named: Optional[Set[str]] = None) -> List[Container]:
@@ -1444,16 +1449,16 @@ class _Stack:
             path = ('GET', '/containers')
             raise ComposeError(path, None, '', f'its answer is not understood: {error!r}') from None
 
-    def _is_stale(self, entry: Mapping[str, Any], named: Optional[Set[str]]) -> bool:
+    def _is_stale(self, entry: _Entry, named: Optional[Set[str]]) -> bool:
         """Tell whether more than the list must be asked about a container."""
         known = self.known.get(entry['Id'])
-        if known is None or named is None or entry['Id'] in named:
+        if known is None or named is None or known.id in named:
             return True
-        plain = entry['State'] == 'running' and 'unhealthy' not in entry['Status']
+        listed_well = entry['State'] == 'running' and 'unhealthy' not in entry['Status']
         known_well = known.state is State.RUNNING and known.health in ('', 'healthy')
-        return not plain or not known_well or not known.since  # that: inspect had no answer
+        return not (listed_well and known_well and known.since)  # 0: inspect had no answer
 
-    def _is_copy(self, entry: Mapping[str, Any]) -> bool:
+    def _is_copy(self, entry: _Entry) -> bool:
         """Tell whether its labels come from an image that `docker commit` made of a container."""
         image = entry['ImageID']
         if image not in self.images:
@@ -1462,7 +1467,7 @@ class _Stack:
             self.images[image] = labels.get(_HASH)
         return bool(self.images[image] == entry['Labels'].get(_HASH, ''))
 
-    def _note(self, entry: Mapping[str, Any]) -> None:
+    def _note(self, entry: _Entry) -> None:
         """Know a container as inspect shows it; else as the list does."""
         details = self._inspect(entry['Id'])
         if details is None:  # it has just been removed
@@ -1479,7 +1484,7 @@ class _Stack:
             logger.debug('%s', error)
             return {}
 
-    def _find_there(self, containers: Containers, entries: Sequence[Mapping[str, Any]]) -> Set[str]:
+    def _find_there(self, containers: Containers, entries: Sequence[_Entry]) -> Set[str]:
         """Return the ids and names of all that containers may be made for and is there."""
         there = {entry['Id'] for entry in entries}
         for entry in entries:
@@ -1498,7 +1503,69 @@ class _Stack:
         ]
         return here or [c for c in containers if c.service in self.services or not self.services]
 
-    # -- what can be done
+    # -- what somebody wants to be left alone
+
+    def read_holds(self) -> Dict[str, float]:
+        """Return until when which service is on hold, in seconds since 1970."""
+        holds, trouble, now = {}, '', time.time()
+        try:
+            with open(self.hold_file, encoding='utf-8', opener=_open_at_once) as file:
+                told = json.load(file, parse_int=float)
+            holds = {name: end for name, end in told.items() if now < end <= now + _LONGEST_HOLD}
+        except FileNotFoundError:
+            pass
+        except (OSError, RecursionError, *_MISREAD) as error:
+            trouble = f'{self.hold_file} cannot be read, so nothing is on hold: {error}'
+        if trouble and not self.hold_trouble:
+            _warn(trouble)
+        self.hold_trouble = trouble
+        return holds
+
+    def write_holds(self, holds: Mapping[str, float]) -> None:
+        """Replace the file of holds, as a whole or not at all."""
+        temporary = f'{self.hold_file}.{os.getpid()}'
+        try:
+            with open(temporary, 'w', encoding='utf-8') as file:
+                json.dump(holds, file)
+            os.chmod(temporary, 0o644)  # whatever the umask: others have to read it
+            os.replace(temporary, self.hold_file)
+        finally:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+
+    def get_services(self, holds: Mapping[str, float]) -> Dict[str, Service]:
+        """Return the declared services; those on hold are left alone."""
+        services = dict(self.services)
+        for name in services.keys() & holds.keys():
+            left = f'on hold until {_clock_time(holds[name])}'
+            services[name] = services[name]._replace(left=left)
+        return services
+
+
+def _find_loss(container: Container, there: Set[str]) -> str:
+    """Return, in words, what the container was made for and is not there any more."""
+    lost = []
+    for owner, kind in container.owners.items():
+        if owner not in there:
+            lost.append(f'the container whose {kind} it shares')
+    for name, ident in container.networks.items():
+        if ident not in there and container.state not in _ALIVE:  # what runs keeps them
+            lost.append(f'its network {name}')
+    return ', '.join(lost)
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # it may be a pipe
+
+
+def _clock_time(moment: float) -> str:
+    return time.strftime('%H:%M', time.localtime(moment))
+
+
+class _Stack(_Project):
+    """What can be done to a project: repairs, the beginning and the end."""
+
+    # -- repairs
 
     def act(self, verb: Verb, actions: Sequence[Action]) -> None:
         """Do this about the faults; several only where Compose does it."""
@@ -1525,9 +1592,8 @@ class _Stack:
     def post(self, what: str, container: Container) -> None:
         """Unpause, start, restart, stop or kill a container; it has its grace period to stop."""
         path, limit = f'/containers/{container.id}/{what}', self.engine.limit + container.grace
-        self.engine.request(
-            'POST', path, limit, t=int(container.grace)
-        )  # else podman kills at once
+        # Without a time to stop, podman kills at once; what does not stop takes no notice of it.
+        self.engine.request('POST', path, limit, t=int(container.grace))
 
     def remove(self, container: Container) -> None:
         """Delete a container with its anonymous volumes."""
@@ -1697,63 +1763,6 @@ class _Stack:
                 # Only 2.x labels the images that it builds. One that is in use stays: hence prune.
                 query = {'dangling': ['true'], 'label': [f'{_PROJECT}={self.project}']}
                 self.engine.request('POST', '/images/prune', filters=json.dumps(query))
-
-    # -- what somebody wants to be left alone
-
-    def read_holds(self) -> Dict[str, float]:
-        """Return until when which service is on hold, in seconds since 1970."""
-        holds, trouble, now = {}, '', time.time()
-        try:
-            with open(self.hold_file, encoding='utf-8', opener=_open_at_once) as file:
-                told = json.load(file, parse_int=float)
-            holds = {name: end for name, end in told.items() if now < end <= now + _LONGEST_HOLD}
-        except FileNotFoundError:
-            pass
-        except (OSError, RecursionError, *_MISREAD) as error:
-            trouble = f'{self.hold_file} cannot be read, so nothing is on hold: {error}'
-        if trouble and not self.hold_trouble:
-            _warn(trouble)
-        self.hold_trouble = trouble
-        return holds
-
-    def write_holds(self, holds: Mapping[str, float]) -> None:
-        """Replace the file of holds, as a whole or not at all."""
-        temporary = f'{self.hold_file}.{os.getpid()}'
-        try:
-            with open(temporary, 'w', encoding='utf-8') as file:
-                json.dump(holds, file)
-            os.chmod(temporary, 0o644)  # whatever the umask: others have to read it
-            os.replace(temporary, self.hold_file)
-        finally:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-
-    def get_services(self, holds: Mapping[str, float]) -> Dict[str, Service]:
-        """Return the declared services; those on hold are left alone."""
-        services = dict(self.services)
-        for name in services.keys() & holds.keys():
-            services[name] = services[name]._replace(
-                left=f'on hold until {_clock_time(holds[name])}'
-            )
-        return services
-
-
-def _find_loss(container: Container, there: Set[str]) -> str:
-    """Return, in words, what the container was made for and is not there any more."""
-    owners = [kind for owner, kind in container.owners.items() if owner not in there]
-    lost = [f'the container whose {kind} it shares' for kind in owners]
-    if container.state not in _ALIVE:  # what runs keeps its networks
-        networks = [name for name, ident in container.networks.items() if ident not in there]
-        lost += [f'its network {name}' for name in networks]
-    return ', '.join(lost)
-
-
-def _open_at_once(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK)  # it may be a pipe
-
-
-def _clock_time(moment: float) -> str:
-    return time.strftime('%H:%M', time.localtime(moment))
 
 
 # -- the watcher -----------------------------------------------------------------------------------
