@@ -1182,7 +1182,9 @@ _FILES = 'com.docker.compose.project.config_files'
 _SERVICE = 'com.docker.compose.service'
 _ONE_OFF = 'com.docker.compose.oneoff'  # made by `compose run`
 _HASH = 'com.docker.compose.config-hash'
-_POST = {Verb.UNPAUSE: 'unpause', Verb.START: 'start', Verb.RESTART: 'restart'}
+# What comes of reading an answer, or a file, of another form than expected.
+_MISREAD = (LookupError, TypeError, ValueError, AttributeError)
+_Entry = Dict[str, Any]  # what the engine's list says of one container, or network
 
 
 class _Task(threading.Thread):
@@ -1248,14 +1250,13 @@ def _going_on(how: str) -> Iterator[None]:
         logger.error('%s; %s', error, how)
 
 
-class _Stack:
-    """One Compose project: what is declared, what is there, and what can be done to it."""
+class _Docker:
+    """The two ways to Docker: the engine, and Compose as a command."""
 
-    def __init__(self, settings: Optional[Settings], notify: Callable[[str], Any] = str) -> None:
-        self.settings = Settings.load() if settings is None else settings
-        self.notify = notify  # takes messages for the service manager
+    def __init__(self, settings: Optional[Settings]) -> None:
+        self.settings = settings or Settings.load()
         self.command = self.settings.compose_command or ('docker', 'compose')
-        at = self.command.index('compose') if 'compose' in self.command[1:] else 0
+        at = self.command.index('compose') if 'compose' in self.command else 0
         self.docker = self.command[:at] or ('docker',)  # with the words that choose an engine
         try:
             folder = os.getcwd()
@@ -1263,22 +1264,13 @@ class _Stack:
             folder = '/'
         self.place = _Place(folder, {})
         self.home = os.path.dirname((*self.settings.docker_compose, folder + '/')[0])
-        self.endpoint = self.project = ''
+        self.endpoint = ''
         self.legacy = False  # Compose 1.x
-        self.services: Dict[str, Service] = {}  # as declared when they were last read
-        self.stamp: List[float] = []  # when the files had been written that were read
-        self.files: List[str] = []  # what Compose has found, as its containers tell
-        self.known: Dict[str, Container] = {}  # as seen last, by id
-        self.copies: List[str] = []  # services of which somebody runs a copy
-        self.images: Dict[str, Any] = {}  # id -> the label that tells a copy of a container
-        self.hold_file, self.hold_trouble = os.path.join(self.home, '.broapt-hold'), ''
         self.flag = UpFlag()  # commands and requests are cancelled when it is lowered
         self._engine: Optional[_Engine] = None
 
     def __getstate__(self) -> Dict[str, Any]:
         return {**self.__dict__, '_engine': None, 'flag': None}  # each process has its own
-
-    # -- how it is reached
 
     def close(self) -> None:
         """End the connections that are kept."""
@@ -1324,6 +1316,56 @@ class _Stack:
         command = (*self.command, *files, *arguments)
         return _run(command, limit or self.settings.timeout, self.place, self.flag, show)
 
+    def read_config(self) -> Any:
+        """Return what `compose config` says, having found out which Compose there is."""
+        while not self.legacy:
+            command = self.command
+            try:
+                return json.loads(self.compose('config', '--format', 'json'))
+            except (ComposeError, ValueError):  # 1.x exits with 0, having printed its usage
+                self.legacy = self._is_legacy()
+                if not self.legacy and self.command == command:
+                    raise
+        return _parse_yaml(self.compose('config'))
+
+    def _is_legacy(self) -> bool:
+        """Tell whether this is 1.x. If docker has no compose, docker-compose stands in for it."""
+        try:
+            version = self._call(*self.command, 'version')
+        except ComposeError as error:
+            absent = error.returncode == 127 or re.search(
+                'is not a docker command|unknown command', error.stderr
+            )
+            if self.settings.compose_command or not absent:
+                raise
+            self.command = ('docker-compose',)
+            version = self._call(*self.command, 'version')
+        if not re.search(r'version v?1\.', version):
+            return False
+        newest = '1.44'  # in later ones, a field that 1.x reads is gone
+        if self.engine.request('GET', '/version')['ApiVersion'] > newest:
+            pinned = os.environ.get('COMPOSE_API_VERSION', newest)
+            self.place.environment['COMPOSE_API_VERSION'] = pinned
+        return True
+
+
+class _Project(_Docker):
+    """One Compose project: what is declared, what is there, and what shall be left alone."""
+
+    def __init__(self, settings: Optional[Settings], notify: Callable[[str], Any] = str) -> None:
+        super().__init__(settings)
+        self.notify = notify  # takes messages for the service manager
+        self.project = ''  # its name
+        self.services: Dict[str, Service] = {}  # as declared when they were last read
+        self.stamp: List[float] = []  # when the files had been written that were read
+        self.files: List[str] = []  # what Compose has found, as its containers tell
+        self.known: Dict[str, Container] = {}  # as seen last, by id
+        self.copies: List[str] = []  # services of which somebody runs a copy
+        self.images: Dict[
+            str, Optional[str]
+        ] = {}  # id -> the label that tells a copy of a container
+        self.hold_file, self.hold_trouble = os.path.join(self.home, '.broapt-hold'), ''
+
     def open(self) -> None:
         """Read the Compose files, and meanwhile find the engine."""
         _in_parallel(lambda job: job(), (self.read_services, lambda: self.engine.get_time()))
@@ -1342,89 +1384,43 @@ class _Stack:
 
     def get_stamp(self) -> List[float]:
         """Return when each of the Compose files was last written."""
-        times = []
-        for file in self.settings.docker_compose or self.files:
-            with contextlib.suppress(OSError):
-                times.append(os.stat(file).st_mtime)
-        return times
+        files = self.settings.docker_compose or self.files
+        return [os.path.getmtime(file) for file in files if os.path.exists(file)]
 
     def _read_project(self) -> Tuple[str, Dict[str, Service]]:
         why = 'it names no services'
         try:
-            config = self._read_config()
+            config = self.read_config()
             project = config.get('name', self.project)
             profiles = None
             if self.legacy:
                 profiles = set(os.environ.get('COMPOSE_PROFILES', '').split(','))
-                words = zip(self.command, self.command[1:])
-                profiles.update(after for word, after in words if word == '--profile')
+                profiles.update(re.findall('--profile[ =]([^ ]+)', ' '.join(self.command)))
             services = _read_services(config, project, profiles)
             if services:
                 return project, services
-        except (ValueError, TypeError, AttributeError, KeyError) as error:
+        except _MISREAD as error:
             why = f'its answer is not understood: {error!r}'
         raise ComposeError((*self.command, 'config'), 0, '', why)
-
-    def _read_config(self) -> Any:
-        if self.legacy:
-            return _parse_yaml(self.compose('config'))
-        command = self.command
-        try:
-            return json.loads(self.compose('config', '--format', 'json'))
-        except (ComposeError, ValueError):  # 1.x exits with 0, having printed its usage
-            self.legacy = self._is_legacy()
-            if not self.legacy and self.command == command:
-                raise
-        return self._read_config()
-
-    def _is_legacy(self) -> bool:
-        """Tell whether this is 1.x. If docker has no compose, docker-compose stands in for it."""
-        try:
-            version = self._call(*self.command, 'version')
-        except ComposeError as error:
-            absent = error.returncode == 127 or re.search(
-                'is not a docker command|unknown command', error.stderr
-            )
-            if self.settings.compose_command or not absent:
-                raise
-            self.command = ('docker-compose',)
-            version = self._call(*self.command, 'version')
-        if not re.search(r'version v?1\.', version):
-            return False
-        engine = self.engine.request('GET', '/version')['ApiVersion'].split('.')
-        if (int(engine[0]), int(engine[1])) > (1, 44):  # 1.x reads a field that was dropped then
-            self.place.environment['COMPOSE_API_VERSION'] = os.environ.get(
-                'COMPOSE_API_VERSION', '1.44'
-            )
-        return True
 
     def find_project(self) -> None:
         """Learn the project's name from a container, where Compose doesn't tell it."""
         if self.legacy:
-            ids = self.compose('ps', '--all', '--quiet').split()[:1]
-            found = [
-                self.engine.request('GET', f'/containers/{ident}/json')['Config'] for ident in ids
-            ]
+            ids = self.compose('ps', '--all', '--quiet').split()
+            found = [entry for entry in self._list('/containers/json') if entry['Id'] in ids]
         else:  # its files can't be read
             home = os.fsencode(self.home).decode('utf-8', 'replace')
-            found = self._list_containers(f'{_PROJECT}.working_dir={home}')
+            found = self._list('/containers/json', f'{_PROJECT}.working_dir={home}')
         names = {entry['Labels'][_PROJECT] for entry in found}
         self.project = names.pop() if len(names) == 1 else ''
 
     # -- what is there
 
-    def _list(self, path: str, **filters: str) -> List[Dict[str, Any]]:
-        query = json.dumps({kind: [value] for kind, value in filters.items()})
-        found = self.engine.request('GET', path, all=1, filters=query)
-        if not isinstance(found, list) or not all(isinstance(entry, dict) for entry in found):
-            raise ComposeError(('GET', path), None, '', 'its answer is not understood')
+    def _list(self, path: str, *labels: str) -> List[_Entry]:
+        """Return the engine's list of what has these labels."""
+        query = json.dumps({'label': labels})
+        found: List[_Entry] = self.engine.request('GET', path, all=1, filters=query)
         return found
-
-    def _list_containers(self, label: str) -> List[Dict[str, Any]]:
-        """Return what the engine's list says of the containers with this label, newest first."""
-        return sorted(
-            self._list('/containers/json', label=label), key=lambda entry: -int(entry['Created'])
-        )
 
     def observe(self, named: Optional[Set[str]] = None) -> List[Container]:
         """Return all containers of the project but one-offs, newest first. The only reader.
@@ -1437,83 +1433,67 @@ class _Stack:
         if not self.project:
             return []
         try:
-            entries = self._list_containers(f'{_PROJECT}={self.project}')
+            entries = self._list('/containers/json', f'{_PROJECT}={self.project}')
+            entries.sort(key=lambda entry: -int(entry['Created']))
             services = [e for e in entries if e['Labels'].get(_ONE_OFF) != 'True']
-            copies = {e['Id']: e['Labels'].get(_SERVICE) for e in services if self._is_copy(e)}
-            self.copies = list(copies.values())
-            own = [entry for entry in services if entry['Id'] not in copies]
+            copies = [e for e in services if self._is_copy(e)]
+            self.copies = [e['Labels'].get(_SERVICE) for e in copies]
+            own = [e for e in services if e not in copies]
             self.files = own[0]['Labels'].get(_FILES, '').split(',') if own else []
-            known = {e['Id']: self.known[e['Id']] for e in own if not self._is_stale(e, named)}
-            stale = [entry for entry in own if entry['Id'] not in known]
-            _in_parallel(functools.partial(self._inspect, known), stale)
-            self.known = known
-            containers = [known[e['Id']] for e in own if e['Id'] in known]  # one may be gone by now
-            return self._find_losses(containers, entries)
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            _in_parallel(self._note, [e for e in own if self._is_stale(e, named)])
+            containers = [self.known[e['Id']] for e in own if e['Id'] in self.known]
+            self.known = {c.id: c for c in containers}
+            there = self._find_there(containers, entries)
+            return [c._replace(lost=_find_loss(c, there)) for c in containers]
+        except _MISREAD as error:
             path = ('GET', '/containers')
             raise ComposeError(path, None, '', f'its answer is not understood: {error!r}') from None
 
-    def _is_stale(self, entry: Mapping[str, Any], named: Optional[Set[str]]) -> bool:
+    def _is_stale(self, entry: _Entry, named: Optional[Set[str]]) -> bool:
         """Tell whether more than the list must be asked about a container."""
         known = self.known.get(entry['Id'])
-        if known is None or named is None or entry['Id'] in named:
+        if known is None or named is None or known.id in named:
             return True
-        plain = entry['State'] == 'running' and 'unhealthy' not in entry['Status']
+        listed_well = entry['State'] == 'running' and 'unhealthy' not in entry['Status']
         known_well = known.state is State.RUNNING and known.health in ('', 'healthy')
-        return not plain or not known_well or not known.since  # that: inspect had no answer
+        return not (listed_well and known_well and known.since)  # 0: inspect had no answer
 
-    def _is_copy(self, entry: Mapping[str, Any]) -> bool:
+    def _is_copy(self, entry: _Entry) -> bool:
         """Tell whether its labels come from an image that `docker commit` made of a container."""
         image = entry['ImageID']
         if image not in self.images:
             found = self.engine.request('GET', f'/images/{image}/json', absent=(404,)) or {}
             labels = (found.get('Config') or {}).get('Labels') or {}
             self.images[image] = labels.get(_HASH)
-        return self.images[image] is not None and self.images[image] == entry['Labels'].get(_HASH)
+        return bool(self.images[image] == entry['Labels'].get(_HASH, ''))
 
-    def _inspect(self, known: Dict[str, Container], entry: Mapping[str, Any]) -> None:
-        details, limit = {}, min(_INSPECT_LIMIT, self.settings.timeout)
+    def _note(self, entry: _Entry) -> None:
+        """Know a container as inspect shows it; else as the list does."""
+        details = self._inspect(entry['Id'])
+        if details is None:  # it has just been removed
+            self.known.pop(entry['Id'], None)
+        else:
+            self.known[entry['Id']] = _read_container(entry, details)
+
+    def _inspect(self, container: str) -> Any:
+        """Return all about a container: None if it is gone, {} if the engine is busy with it."""
+        path, limit = f'/containers/{container}/json', min(_INSPECT_LIMIT, self.settings.timeout)
         try:
-            path = f'/containers/{entry["Id"]}/json'
-            details = self.engine.request('GET', path, limit, absent=(404,))
+            return self.engine.request('GET', path, limit, absent=(404,))
         except ComposeError as error:
-            logger.debug('%s', error)  # the engine is busy with it: then the list's word
-        if details is None:
-            return  # it has just been removed
-        known[entry['Id']] = _read_container(entry, details)
+            logger.debug('%s', error)
+            return {}
 
-    def _find_losses(
-        self, containers: Containers, entries: Sequence[Mapping[str, Any]]
-    ) -> List[Container]:
-        """Return the containers with what they were made for and is gone."""
-        present = {entry['Id'] for entry in entries}
+    def _find_there(self, containers: Containers, entries: Sequence[_Entry]) -> Set[str]:
+        """Return the ids and names of all that containers may be made for and is there."""
+        there = {entry['Id'] for entry in entries}
         for entry in entries:
-            present.update(name[1:] for name in entry['Names'] or ())
-        networks = None
-        found = []
-        for container in containers:
-            lost = ''
-            if container.networks and container.state not in _ALIVE:
-                if networks is None:
-                    listed = self._list('/networks')
-                    networks = {n['Id'] for n in listed} | {n['Name'] for n in listed}
-                lost = ', '.join(
-                    f'its network {name}'
-                    for name, ident in container.networks.items()
-                    if ident not in networks
-                )
-            for owner, kind in container.owners.items():
-                if owner not in present and not self._exists(owner):
-                    lost = f'the container whose {kind} it shares'
-            found.append(container._replace(lost=lost))
-        return found
-
-    def _exists(self, container: str) -> bool:
-        path = f'/containers/{container}/json'
-        try:
-            return self.engine.request('GET', path, _INSPECT_LIMIT, absent=(404,)) is not None
-        except ComposeError:  # the engine is busy with it
-            return True
+            there.update(name[1:] for name in entry['Names'] or ())
+        if any(c.state not in _ALIVE for c in containers):
+            for network in self._list('/networks'):
+                there |= {network['Id'], network['Name']}
+        others = {owner for c in containers for owner in c.owners} - there
+        return there | {owner for owner in others if self._inspect(owner) is not None}
 
     def get_own(self, containers: Containers) -> List[Container]:
         """Return those of this folder: another one's stack may have the same project name."""
@@ -1523,15 +1503,69 @@ class _Stack:
         ]
         return here or [c for c in containers if c.service in self.services or not self.services]
 
-    def list_networks(self) -> List[str]:
-        """Return the ids of the project's networks."""
-        if not self.project:
-            return []
-        return [
-            network['Id'] for network in self._list('/networks', label=f'{_PROJECT}={self.project}')
-        ]
+    # -- what somebody wants to be left alone
 
-    # -- what can be done
+    def read_holds(self) -> Dict[str, float]:
+        """Return until when which service is on hold, in seconds since 1970."""
+        holds, trouble, now = {}, '', time.time()
+        try:
+            with open(self.hold_file, encoding='utf-8', opener=_open_at_once) as file:
+                told = json.load(file, parse_int=float)
+            holds = {name: end for name, end in told.items() if now < end <= now + _LONGEST_HOLD}
+        except FileNotFoundError:
+            pass
+        except (OSError, RecursionError, *_MISREAD) as error:
+            trouble = f'{self.hold_file} cannot be read, so nothing is on hold: {error}'
+        if trouble and not self.hold_trouble:
+            _warn(trouble)
+        self.hold_trouble = trouble
+        return holds
+
+    def write_holds(self, holds: Mapping[str, float]) -> None:
+        """Replace the file of holds, as a whole or not at all."""
+        temporary = f'{self.hold_file}.{os.getpid()}'
+        try:
+            with open(temporary, 'w', encoding='utf-8') as file:
+                json.dump(holds, file)
+            os.chmod(temporary, 0o644)  # whatever the umask: others have to read it
+            os.replace(temporary, self.hold_file)
+        finally:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+
+    def get_services(self, holds: Mapping[str, float]) -> Dict[str, Service]:
+        """Return the declared services; those on hold are left alone."""
+        services = dict(self.services)
+        for name in services.keys() & holds.keys():
+            left = f'on hold until {_clock_time(holds[name])}'
+            services[name] = services[name]._replace(left=left)
+        return services
+
+
+def _find_loss(container: Container, there: Set[str]) -> str:
+    """Return, in words, what the container was made for and is not there any more."""
+    lost = []
+    for owner, kind in container.owners.items():
+        if owner not in there:
+            lost.append(f'the container whose {kind} it shares')
+    for name, ident in container.networks.items():
+        if ident not in there and container.state not in _ALIVE:  # what runs keeps them
+            lost.append(f'its network {name}')
+    return ', '.join(lost)
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # it may be a pipe
+
+
+def _clock_time(moment: float) -> str:
+    return time.strftime('%H:%M', time.localtime(moment))
+
+
+class _Stack(_Project):
+    """What can be done to a project: repairs, the beginning and the end."""
+
+    # -- repairs
 
     def act(self, verb: Verb, actions: Sequence[Action]) -> None:
         """Do this about the faults; several only where Compose does it."""
@@ -1544,7 +1578,7 @@ class _Stack:
             if verb is Verb.REMOVE:
                 self.remove(container)
             else:
-                self.post(_POST[verb], container)
+                self.post(verb.name.lower(), container)
 
     def _count_copies(self, services: Iterable[str]) -> List[str]:
         """Return options for `up`: Compose takes a copy for one of the service's own."""
@@ -1557,17 +1591,21 @@ class _Stack:
 
     def post(self, what: str, container: Container) -> None:
         """Unpause, start, restart, stop or kill a container; it has its grace period to stop."""
-        # Without a time, podman kills at once.
-        query: Any = {'t': int(container.grace)} if what in ('stop', 'restart') else {}
-        limit = self.engine.limit + container.grace
-        self.engine.request('POST', f'/containers/{container.id}/{what}', limit, **query)
+        path, limit = f'/containers/{container.id}/{what}', self.engine.limit + container.grace
+        # Without a time to stop, podman kills at once; what does not stop takes no notice of it.
+        self.engine.request('POST', path, limit, t=int(container.grace))
 
     def remove(self, container: Container) -> None:
         """Delete a container with its anonymous volumes."""
         gone = (404, 409)  # somebody else has removed it, or is about to
         self.engine.request('DELETE', f'/containers/{container.id}', absent=gone, force=1, v=1)
 
-    def remove_network(self, network: str) -> None:
+    def remove_networks(self, spared: Set[str]) -> None:
+        """Delete the project's networks, but for those that are spared."""
+        networks = self._list('/networks', f'{_PROJECT}={self.project}') if self.project else []
+        _in_parallel(self._remove_network, {network['Id'] for network in networks} - spared)
+
+    def _remove_network(self, network: str) -> None:
         """Delete a network, unless something else uses it."""
         try:
             self.engine.request('DELETE', f'/networks/{network}')
@@ -1665,29 +1703,32 @@ class _Stack:
                 containers = self.observe()
 
     def _undo(self, before: Containers, there: Set[str], error: BaseException) -> None:
-        """Delete what is not *there* yet, and stop what did not run *before*."""
+        """Delete what is not *there* yet, and make all else what it was *before*."""
         if not isinstance(error, ComposeError):
             threading.Event().wait(1.0)  # the engine still ends what it was asked for
+        states = {(c.service, c.number): c.state for c in before}
+
+        def restore(container: Container) -> None:
+            number = (container.service, container.number)
+            was = states.get(number, container.state)
+            if number not in states and container.id not in there:
+                self._show_log(container)
+                self.remove(container)
+            elif container.state in _ALIVE and was not in _ALIVE:
+                self.post('stop', container)
+            elif container.state is State.RUNNING and was is State.PAUSED:
+                self.post('pause', container)
+
         try:
-            replaced = {(c.service, c.number) for c in before}
-            idle = [c.id for c in before if c.state not in _ALIVE]
-            now = self.observe()
-            made = [c for c in now if c.id not in there and (c.service, c.number) not in replaced]
-            for container in made:
-                if container.state is not State.RUNNING or container.health == 'unhealthy':
-                    self._show_log(container)
-            _in_parallel(self.remove, made)
-            started = [c for c in now if c.id in idle and c.state in _ALIVE]
-            _in_parallel(functools.partial(self.post, 'stop'), started)
-            paused = [c.id for c in before if c.state is State.PAUSED]
-            again = [c for c in now if c.id in paused and c.state is State.RUNNING]
-            _in_parallel(functools.partial(self.post, 'pause'), again)
-            _in_parallel(self.remove_network, set(self.list_networks()) - there)
+            _in_parallel(restore, self.observe())
+            self.remove_networks(spared=there)
         except ComposeError as trouble:
             _warn(f'what the failed start has created could not be removed: {trouble}')
 
     def _show_log(self, container: Container) -> None:
-        """Log the last lines that a container wrote, before it goes."""
+        """Log the last lines that a container wrote, before it goes, unless it was well."""
+        if container.condition == 'running':
+            return
         path, query = f'/containers/{container.id}/logs', {'stdout': 1, 'stderr': 1, 'tail': 10}
         try:
             with self.engine.ask('GET', path, self.engine.limit, query) as (_, answer):
@@ -1706,17 +1747,16 @@ class _Stack:
             if not self.services:
                 self.read_services()
         with _going_on('stopping the stack nevertheless'):
-            own = self.get_own(self.observe())
-            paused = [c for c in own if c.state is State.PAUSED]  # they can't stop gracefully
-            _in_parallel(functools.partial(self.post, 'unpause'), paused)
+            own = self._do_all('unpause', State.PAUSED)  # they can't stop gracefully
         grace = max([c.grace for c in own], default=_DEFAULT_GRACE)
         logger.info('stopping the stack (up to %g s)', grace)
-        names = [name for name in self.services if name not in self.copies] if self.copies else []
         with _going_on('stopping the containers one by one'):
-            if names or not self.copies:
-                self.compose('stop', *names, limit=self.settings.timeout + grace)
+            if not self.copies:  # Compose would stop them, too
+                self.compose('stop', limit=self.settings.timeout + grace)
         try:  # also what Compose leaves: services of a profile, or not in its file any more
-            own = self._end(own)
+            with _going_on('killing the containers'):
+                own = self._do_all('stop', *_ALIVE)
+            own = self._do_all('kill', *_ALIVE)
         finally:
             try:
                 self._clean_up(own)
@@ -1725,32 +1765,23 @@ class _Stack:
         removed = self.settings.prune is not Prune.NONE
         logger.info('stopped%s', '; containers and networks removed' if removed else '')
 
-    def _end(self, own: Containers) -> List[Container]:
-        """Stop what still runs, and kill what can't be stopped; return all that there is."""
-        for what in ('stop', 'kill'):
-            try:
-                own = self.get_own(self.observe())
-                alive = [c for c in own if c.state in _ALIVE]
-                _in_parallel(functools.partial(self.post, what), alive)
-                break
-            except ComposeError as error:
-                if what == 'kill':
-                    raise
-                logger.error('%s; killing the containers', error)
-        return list(own)
+    def _do_all(self, what: str, *states: State) -> List[Container]:
+        """Do this to all of the stack's containers that are in such a state; return them all."""
+        own = self.get_own(self.observe())
+        _in_parallel(functools.partial(self.post, what), [c for c in own if c.state in states])
+        return own
 
     def _clean_up(self, own: Containers) -> None:
         """Delete what the setting *prune* says."""
-        prune = self.settings.prune
-        if prune is not Prune.NONE and any(service.provided for service in self.services.values()):
-            self.compose('down')  # the providers want to be told
-        if prune is Prune.SYSTEM:
+        if self.settings.prune is Prune.NONE:
+            return
+        # Providers want to be told. And 1.x, without a project yet: a start that failed before its
+        # first container may have left a network.
+        if not self.project or any(service.provided for service in self.services.values()):
+            self.compose('down')
+        if self.settings.prune is Prune.SYSTEM:
             self._call(*self.docker, 'system', 'prune', '--volumes', '--force')
-        elif prune is Prune.PROJECT and not self.project:
-            self.compose(
-                'down'
-            )  # 1.x: a start that failed before its first container may have left a network
-        elif prune is Prune.PROJECT:
+        elif self.project:
             self._remove_project(own)
 
     def _remove_project(self, own: Containers) -> None:
@@ -1761,66 +1792,11 @@ class _Stack:
                 _in_parallel(self.remove, own)
         finally:
             try:
-                _in_parallel(self.remove_network, self.list_networks())
+                self.remove_networks(spared=set())
             finally:
                 # Only 2.x labels the images that it builds. One that is in use stays: hence prune.
                 query = {'dangling': ['true'], 'label': [f'{_PROJECT}={self.project}']}
                 self.engine.request('POST', '/images/prune', filters=json.dumps(query))
-
-    # -- what somebody wants to be left alone
-
-    def read_holds(self) -> Dict[str, float]:
-        """Return until when which service is on hold, in seconds since 1970."""
-        try:
-            with open(self.hold_file, encoding='utf-8', opener=_open_at_once) as file:
-                holds = {str(name): float(until) for name, until in json.load(file).items()}
-            trouble = ''
-        except FileNotFoundError:
-            holds, trouble = {}, ''
-        except (
-            OSError,
-            ArithmeticError,
-            ValueError,
-            TypeError,
-            AttributeError,
-            RecursionError,
-        ) as error:
-            holds, trouble = {}, f'{self.hold_file} cannot be read, so nothing is on hold: {error}'
-        if trouble and not self.hold_trouble:
-            _warn(trouble)
-        self.hold_trouble = trouble
-        now = time.time()
-        return {name: until for name, until in holds.items() if now < until <= now + _LONGEST_HOLD}
-
-    def write_holds(self, holds: Mapping[str, float]) -> None:
-        """Replace the file of holds, as a whole or not at all."""
-        temporary = f'{self.hold_file}.{os.getpid()}'
-        try:
-            with open(temporary, 'w', encoding='utf-8') as file:
-                json.dump(holds, file)
-            os.chmod(temporary, 0o644)  # whatever the umask: others have to read it
-            os.replace(temporary, self.hold_file)
-        except OSError:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-            raise
-
-    def get_services(self, holds: Mapping[str, float]) -> Dict[str, Service]:
-        """Return the declared services; those on hold are left alone."""
-        services = dict(self.services)
-        for name in services.keys() & holds.keys():
-            services[name] = services[name]._replace(
-                left=f'on hold until {_clock_time(holds[name])}'
-            )
-        return services
-
-
-def _open_at_once(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK)  # it may be a pipe
-
-
-def _clock_time(moment: float) -> str:
-    return time.strftime('%H:%M', time.localtime(moment))
 
 
 # -- the watcher -----------------------------------------------------------------------------------
