@@ -1342,9 +1342,9 @@ class _Docker:
             version = self._call(*self.command, 'version')
         if not re.search(r'version v?1\.', version):
             return False
-        newest = '1.44'  # in later ones, a field that 1.x reads is gone
-        if self.engine.request('GET', '/version')['ApiVersion'] > newest:
-            pinned = os.environ.get('COMPOSE_API_VERSION', newest)
+        api = self.engine.request('GET', '/version')['ApiVersion']
+        if int(api.partition('.')[2]) > 44:  # a field that 1.x reads is gone since 1.45
+            pinned = os.environ.get('COMPOSE_API_VERSION', '1.44')
             self.place.environment['COMPOSE_API_VERSION'] = pinned
         return True
 
@@ -1635,15 +1635,13 @@ class _Stack(_Project):
             if self.settings.on_exit is OnExit.STOP:
                 self._undo(before, there, error)
             raise
-        if not self.project:
-            self.find_project()
 
     def _is_alone(self) -> bool:
         """Tell whether `up` need not wait for what the files say, which saves time.
 
         So it is where nothing was made by Compose, and nothing is on hold.
         """
-        made = self._list_containers(_PROJECT)
+        made = self._list('/containers/json', _PROJECT)
         return 'compose' in self.command[1:] and not made and not self.read_holds()
 
     def _bring_up(self, reading: _Task, options: Optional[List[str]]) -> None:
