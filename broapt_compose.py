@@ -1034,82 +1034,44 @@ def decide(
 
     *containers*: newest first; *now*: seconds of a monotonic clock.
     """
-    actions = []
-    for action in _find_faults(
-        [c for c in containers if c.service in services], services, settings
-    ):
-        if action.verb is not Verb.LEAVE:
-            since = history.seen.get((action.verb, action.key), now)
-            streak = history.streaks.get(action.key, Streak())
-            if since - streak.ended >= _STEADY and not streak.ill:
-                streak = Streak(began=since)
-            delay = (
-                min(2.0 ** min(streak.repairs - 1, 9), _LONGEST_DELAY) if streak.repairs else 0.0
-            )
-            # What shares the processes of another dies with it, whoever has ended that one.
-            shares = action.container is not None and 'pid' in action.container.owners.values()
-            crashed = action.key in history.crashed and not shares
-            at_once = crashed or action.cause == 'unhealthy'
-            due = since + max(delay, 0.0 if at_once else settings.settle)
-            action = action._replace(since=since, due=due, streak=streak)
-        actions.append(action)
-    return actions
-
-
-def _find_faults(own: Containers, services: Services, settings: Settings) -> Iterator[Action]:
-    for container in own:
-        verb, cause, why = _judge(container, own, services, settings)
-        left = services[container.service].left if container.watched else _LABEL
-        if verb is not None:
-            yield _make_action(verb, container.service, container, cause, left, why)
-    for name, service in services.items():
-        missing = service.scale - len({c.number for c in own if c.service == name})
-        if missing > 0:
-            cause = 'missing' if service.scale == 1 else f'{missing} of {service.scale} missing'
-            why = _find_obstacle(name, own, services)
-            yield _make_action(Verb.CREATE, name, None, cause, service.left, why)
-
-
-def _make_action(
-    verb: Verb, service: str, container: Optional[Container], cause: str, left: str, why: str
-) -> Action:
-    """Return what is done about a fault: nothing if somebody wants that (*left*) or for *why*."""
-    why = left or why
-    return Action(Verb.LEAVE if why else verb, service, container, cause, why, wanted=not left)
-
-
-_LEFT_OVER = 'left over from an interrupted recreate: it will not be touched'
-# What is to be done (None: all is well), the fault, why it can't be done now.
-_Judgement = Tuple[Optional[Verb], str, str]
+    own = [c for c in containers if c.service in services]
+    faults = [_judge(container, own, services, settings) for container in own]
+    faults += [_count(name, own, services) for name in services]
+    return [_plan(fault, services, now, history, settings.settle) for fault in faults if fault]
 
 
 def _judge(
     container: Container, own: Containers, services: Services, settings: Settings
-) -> _Judgement:
-    """Judge one container by the table of the contract."""
-    state, cause = container.state, container.condition
-    if state is State.PAUSED:
-        return Verb.UNPAUSE, cause, ''
-    if state is State.DEAD:
-        return Verb.REMOVE, cause, ''
-    if state in (State.RESTARTING, State.REMOVING):
-        return Verb.START, cause, 'Docker is at it'
-    if _is_done(container, services):
-        return None, '', ''
+) -> Optional[Action]:
+    """Return what is wrong with a container, by the table of the contract; None: nothing."""
+    verb, cause, why = Verb.START, container.condition, ''
+    name, state = container.service, container.state
     replaced = _is_being_replaced(container, own)
-    if replaced and state is not State.RUNNING:
-        return Verb.START, cause, _LEFT_OVER
-    judgement = _judge_surroundings(container, own, services)
-    if judgement is not None:
-        return judgement
-    if state is not State.RUNNING:
-        first = state is State.CREATED
-        why = _find_obstacle(container.service, own, services) if first else ''
-        return Verb.START, cause, why
-    if container.health != 'unhealthy' or replaced:
-        return None, '', ''
-    ignored = settings.unhealthy is Unhealthy.IGNORE
-    return Verb.RESTART, cause, 'told to ignore health' if ignored else ''
+    idle, renewed = _judge_owners(container, own, services)
+    if state is State.PAUSED:
+        verb = Verb.UNPAUSE
+    elif state is State.DEAD:
+        verb = Verb.REMOVE
+    elif state in (State.RESTARTING, State.REMOVING):
+        why = 'Docker is at it'
+    elif _is_done(container, services):
+        return None
+    elif replaced and state is not State.RUNNING:
+        why = 'left over from an interrupted recreate: it will not be touched'
+    elif container.lost:
+        alone = [c.service for c in own].count(name) == 1
+        verb = Verb.RECREATE if alone else Verb.REMOVE  # siblings would be created anew, too
+        cause, why = f'{container.lost} is gone', _find_obstacle(name, own, services)
+    elif idle or state is not State.RUNNING:
+        why = idle or (_find_obstacle(name, own, services) if state is State.CREATED else '')
+    elif renewed:
+        verb, cause = Verb.RESTART, renewed
+    elif container.health == 'unhealthy' and not replaced:
+        verb = Verb.RESTART
+        why = 'told to ignore health' if settings.unhealthy is Unhealthy.IGNORE else ''
+    else:
+        return None
+    return Action(verb, name, container, cause, why)
 
 
 def _is_being_replaced(container: Container, own: Containers) -> bool:
@@ -1123,35 +1085,32 @@ def _is_being_replaced(container: Container, own: Containers) -> bool:
     return twins[0] is not container or any(c.state in _ALIVE for c in twins[1:])
 
 
-def _judge_surroundings(
-    container: Container, own: Containers, services: Services
-) -> Optional[_Judgement]:
-    """Judge whether what the container was made for is still there; None: it is."""
-    if container.lost:
-        alone = [c.service for c in own].count(container.service) == 1
-        why = _find_obstacle(container.service, own, services)
-        verb = Verb.RECREATE if alone else Verb.REMOVE  # siblings would be created anew, too
-        return verb, f'{container.lost} is gone', why
-    for name, kind in container.owners.items():
-        for owner in own:
-            if name not in (owner.id, owner.name):
-                continue
-            if owner.state not in (State.RUNNING, State.PAUSED):
-                unwatched = services[owner.service].left or not owner.watched
-                also = ' and not watched' if unwatched else ''
-                return Verb.RESTART, container.condition, f"its {kind}'s owner is not running{also}"
-            if container.state is State.RUNNING and owner.since > container.since > 0:
-                return Verb.RESTART, f'its {kind} is gone: {owner.label} was started after it', ''
-    return None
+def _judge_owners(container: Container, own: Containers, services: Services) -> Tuple[str, str]:
+    """Return what hinders a container that shares a namespace, and what makes it useless; or ''."""
+    idle = renewed = ''
+    for owner in own:
+        kind = container.owners.get(owner.id) or container.owners.get(owner.name)
+        if kind and owner.state not in (State.RUNNING, State.PAUSED):
+            unwatched = services[owner.service].left or not owner.watched
+            idle = f"its {kind}'s owner is not running" + (' and not watched' if unwatched else '')
+        elif kind and owner.since > container.since > 0:
+            renewed = f'its {kind} is gone: {owner.label} was started after it'
+    return idle, renewed
 
 
 def _is_done(container: Container, services: Services) -> bool:
     wanted = [service.depends_on.get(container.service) for service in services.values()]
-    return (
-        container.exit_code == 0
-        and container.state is State.EXITED
-        and 'service_completed_successfully' in wanted
-    )
+    return container.exit_code == 0 and 'service_completed_successfully' in wanted
+
+
+def _count(name: str, own: Containers, services: Services) -> Optional[Action]:
+    """Return what is wrong with the number of a service's containers; None: nothing."""
+    scale = services[name].scale
+    missing = scale - len({c.number for c in own if c.service == name})
+    if missing <= 0:
+        return None
+    cause = 'missing' if scale == 1 else f'{missing} of {scale} missing'
+    return Action(Verb.CREATE, name, None, cause, _find_obstacle(name, own, services))
 
 
 def _find_obstacle(name: str, own: Containers, services: Services) -> str:
@@ -1174,6 +1133,25 @@ def _find_obstacle(name: str, own: Containers, services: Services) -> str:
         if not any(c.service == owner and c.state is State.RUNNING for c in own):
             return f'waits for {owner} to run'
     return ''
+
+
+def _plan(fault: Action, services: Services, now: float, history: History, settle: float) -> Action:
+    """Return when the fault is due to be mended, or that it is left alone."""
+    container, left = fault.container, services[fault.service].left
+    if container is not None and not container.watched:
+        left = _LABEL
+    if left or fault.why:
+        return fault._replace(verb=Verb.LEAVE, why=left or fault.why, wanted=not left)
+    since = history.seen.get((fault.verb, fault.key), now)
+    streak = history.streaks.get(fault.key, Streak())
+    if since - streak.ended >= _STEADY and not streak.ill:
+        streak = Streak(began=since)
+    # What shares the processes of another dies with it, whoever has ended that one.
+    shares = container is not None and 'pid' in container.owners.values()
+    if fault.cause == 'unhealthy' or fault.key in history.crashed and not shares:
+        settle = 0.0
+    delay = min(2**streak.repairs // 2, _LONGEST_DELAY)  # 0, 1, 2, 4 ...
+    return fault._replace(since=since, due=since + max(delay, settle), streak=streak)
 
 
 # -- the stack -------------------------------------------------------------------------------------
