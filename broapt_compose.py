@@ -1768,15 +1768,10 @@ def _clock_time(moment: float) -> str:
 
 
 # -- the watcher -----------------------------------------------------------------------------------
-_EVENTS = (
-    'create start kill die stop oom pause unpause destroy remove health_status'.split()
-)  # podman: remove
-_RELOADS = (
-    '1',
-    '10',
-    '12',
-    '28',
-)  # HUP, USR1, USR2, WINCH: they ask for something else than the end
+# Where Docker says destroy, podman says remove.
+_EVENTS = 'create start kill die stop oom pause unpause destroy remove health_status'.split()
+# HUP, USR1, USR2, WINCH: they ask for something else than the end.
+_RELOADS = ('1', '10', '12', '28')
 
 
 class _Watch:
@@ -1786,16 +1781,21 @@ class _Watch:
         self.stack, self.settings, self.clock = stack, stack.settings, clock
         stack.flag = UP_FLAG
         self.wake = threading.Event()  # set when there is something to look at
-        self.events: Deque[Dict[str, Any]] = collections.deque()  # that came since the last look
-        self.results: Deque[Tuple[Verb, Action, Optional[Exception], float]] = collections.deque()
+        self.over = threading.Event()  # set when the flag has been lowered, if only for a moment
+        # Events that came since the last look; None: a stream has been opened.
+        self.events: Deque[Optional[Dict[str, Any]]] = collections.deque()
+        # Repairs that have ended: why they failed, if they did, and when they began.
+        self.results: Deque[Tuple[Action, Optional[Exception], float]] = collections.deque()
         self.since = 0.0  # the engine's time up to which all events have been seen
         self.stirred = -math.inf  # when the last event came
         self.in_doubt = True  # whether the list tells all that changed: events may have been missed
-        self.killed: Dict[str, Tuple[float, str]] = {}  # by somebody: when, and by which signal
+        # By somebody -> until when it dies of that, by the engine's clock.
+        self.killed: Dict[str, float] = {}
         self.seen: Dict[Tuple[Verb, str], float] = {}  # as in History
         self.streaks: Dict[str, Streak] = {}
         self.crashed: Set[str] = set()
-        self.declared: Optional[Set[str]] = None  # ids at the time when the files were read
+        # Ids of the containers that the files, as they were read, tell of; None: of all so far.
+        self.declared: Optional[Set[str]] = None
         self.holds: Dict[str, float] = {}
         self.busy: List[str] = []  # ids, and services, that are being repaired
         self.turn = threading.Lock()  # for Compose: two would create the same network twice
@@ -1811,12 +1811,11 @@ class _Watch:
 
     def run(self) -> None:
         """Watch until the flag is lowered."""
-        follower, over = threading.Thread(target=self._follow, daemon=True), threading.Event()
-        with UP_FLAG.when_lowered(over.set), UP_FLAG.when_lowered(
-            self.wake.set
-        ), contextlib.closing(self):
+        follower = threading.Thread(target=self._follow, daemon=True)
+        over, wake = UP_FLAG.when_lowered(self.over.set), UP_FLAG.when_lowered(self.wake.set)
+        with over, wake, contextlib.closing(self):
             woken = True
-            while not over.is_set():
+            while not self.over.is_set():
                 timeout = self.settings.interval
                 try:
                     timeout = self.cycle(woken)
@@ -1834,28 +1833,19 @@ class _Watch:
 
     def _follow(self) -> None:
         """Collect events until the flag is lowered, from one stream after the other."""
-        over, engine = threading.Event(), self.stack.engine
-        filters = {
-            'type': ['container'],
-            'event': _EVENTS,
-            'label': [f'{_PROJECT}={self.stack.project}'],
-        }
-        with UP_FLAG.when_lowered(over.set):
-            while not over.is_set():
-                began = self.clock()
-                try:
-                    for event in engine.follow(
-                        since=f'{self.since:.9f}', filters=json.dumps(filters)
-                    ):
-                        if event is None:  # it has just been opened
-                            self.in_doubt = True
-                        else:
-                            self.since, self.stirred = event['time'], self.clock()
-                            self.events.append(event)
-                        self.wake.set()
-                except (_Cancelled, ComposeError, KeyError, TypeError) as error:
-                    logger.debug('%s', error)
-                over.wait(max(0.0, began + 2.0 - self.clock()))
+        label = f'{_PROJECT}={self.stack.project}'
+        filters = json.dumps({'type': ['container'], 'event': _EVENTS, 'label': [label]})
+        while not self.over.is_set():
+            began = self.clock()
+            try:
+                for event in self.stack.engine.follow(since=f'{self.since:.9f}', filters=filters):
+                    if event is not None:
+                        self.since, self.stirred = event['time'], self.clock()
+                    self.events.append(event)
+                    self.wake.set()
+            except (_Cancelled, ComposeError, KeyError, TypeError) as error:
+                logger.debug('%s', error)
+            self.over.wait(max(0.0, began + 2.0 - self.clock()))
 
     def cycle(self, woken: bool = True) -> float:
         """Take one look and begin what is due; return the seconds until the next look is wanted."""
@@ -1894,61 +1884,61 @@ class _Watch:
     # -- what has happened
 
     def take_results(self) -> None:
-        """Take note of the repairs that have ended."""
+        """Take note of the repairs that have ended, and begin what else may help."""
         while self.results:
-            self._record(*self.results.popleft())
+            action, error, began = self.results.popleft()
+            for key in action.touched:
+                self.busy.remove(key)
+            self._record(action, error, began)
 
     def _take_events(self) -> Set[str]:
         """Note what the events tell; return the ids of the containers that they name."""
         named = set()
         while self.events:
             event = self.events.popleft()
+            if event is None:
+                self.in_doubt = True
+                continue
             kind, _, _ = event['Action'].partition(':')
-            ident, told = event['Actor']['ID'], event['Actor']['Attributes']
+            ident = event['Actor']['ID']
             named.add(ident)
             if kind in ('kill', 'stop', 'destroy', 'remove'):
-                self._note_deed(event, (ident, told.get(_SERVICE, '')))
-            if kind == 'die' and not self._was_killed(ident, event['time']):
+                self._note_deed(event, ident)
+            if kind == 'die' and event['time'] >= self.killed.get(ident, -math.inf):
                 self.crashed.add(ident)
             if kind in ('start', 'destroy', 'remove'):
                 self.killed.pop(ident, None)
                 self.crashed.discard(ident)
         return named
 
-    def _was_killed(self, ident: str, moment: float) -> bool:
-        """Tell whether a container that died at that moment was killed by somebody."""
-        killed, signum = self.killed.get(ident, (-math.inf, ''))
-        return moment - killed < _STEADY or (ident in self.killed and signum not in _RELOADS)
-
-    def _note_deed(self, event: Mapping[str, Any], keys: Sequence[str]) -> None:
+    def _note_deed(self, event: Mapping[str, Any], ident: str) -> None:
         """Note what somebody did to a container: the count of its repairs begins anew."""
-        for key in keys:
+        told = event['Actor']['Attributes']
+        for key in (ident, told.get(_SERVICE, '')):
             recent = self.clock() - self.streaks.get(key, Streak()).ended < 1.0
             if key in self.busy or recent:
                 return  # it was us
-        for key in keys:
+        for key in (ident, told.get(_SERVICE, '')):
             self.streaks.pop(key, None)
-        self.killed[keys[0]] = (event['time'], event['Actor']['Attributes'].get('signal', '9'))
+        reload = told.get('signal') in _RELOADS
+        self.killed[ident] = event['time'] + _STEADY if reload else math.inf
 
     def _look(self, named: Set[str]) -> List[Container]:
         """Return the containers, having read the Compose files anew if somebody has deployed."""
-        in_doubt, self.in_doubt = self.in_doubt, False
-        try:
-            self.since = self.since or self.stack.engine.get_time()
-            if not self.stack.services:
-                self.stack.read_services()
-            containers = self.stack.observe(None if in_doubt else named)
-            ids = {c.id for c in containers}
-            if self.declared is None:
-                self.declared = ids
-            deployed = not self.busy and not ids <= self.declared
-            deploying = ids != self.declared and self.stack.get_stamp() != self.stack.stamp
-            if deployed or deploying:
-                self.stack.read_services()
-                self.declared = ids
-        except BaseException:
-            self.in_doubt = True
-            raise
+        in_doubt, self.in_doubt = self.in_doubt, True  # until this look has succeeded
+        self.since = self.since or self.stack.engine.get_time()
+        if not self.stack.services:
+            self.stack.read_services()
+        containers = self.stack.observe(None if in_doubt else named)
+        ids = {c.id for c in containers}
+        if self.declared is None:
+            self.declared = ids
+        deployed = not self.busy and not ids <= self.declared
+        deploying = ids != self.declared and self.stack.get_stamp() != self.stack.stamp
+        if deployed or deploying:
+            self.stack.read_services()
+            self.declared = ids
+        self.in_doubt = False
         self._forget(containers)
         return containers
 
@@ -1956,8 +1946,8 @@ class _Watch:
         """Forget what is over: the illness of what is healthy, and what is not there any more."""
         there = {*self.stack.services, *(c.id for c in containers)}
         healthy = {c.id for c in containers if c.health == 'healthy'}
-        for key in list(self.streaks):
-            if key not in there or key in healthy and self.streaks[key].ill:
+        for key, streak in list(self.streaks.items()):
+            if key not in there or key in healthy and streak.ill:
                 del self.streaks[key]
         self.crashed &= there
 
@@ -1973,16 +1963,15 @@ class _Watch:
 
     def _note_holds(self) -> Dict[str, float]:
         before, self.holds = self.holds, self.stack.read_holds()
-        for name in sorted(self.holds.keys() - before.keys()):
-            logger.info('%s: on hold until %s', name, _clock_time(self.holds[name]))
-        for name in sorted(before.keys() - self.holds.keys()):
-            logger.info('%s: not on hold any more', name)
+        for name in sorted(self.holds.keys() ^ before.keys()):
+            until = self.holds.get(name)
+            told = f'on hold until {_clock_time(until)}' if until else 'not on hold any more'
+            logger.info('%s: %s', name, told)
         return self.holds
 
     def _tell(self, actions: Sequence[Action], now: float, woken: bool) -> None:
         """Warn of crash loops; let the events be followed anew if they did not tell of a fault."""
-        known = self.seen
-        fresh = [a for a in actions if a.due < math.inf and (a.verb, a.key) not in known]
+        fresh = [a for a in actions if a.due < math.inf and (a.verb, a.key) not in self.seen]
         for action in fresh:
             streak = action.streak
             if streak.repairs + 1 >= _LOOP:
@@ -2001,19 +1990,18 @@ class _Watch:
 
     # -- repairs
 
-    def _begin(self, group: Sequence[Action], now: float) -> None:
+    def _begin(self, group: Sequence[Action], began: float) -> None:
         for action in group:
             self.busy += action.touched
         self.tasks = [task for task in self.tasks if not task.ended.is_set()]
-        self.tasks.append(_Task(self._mend, group[0].verb, group, now).begin())
+        self.tasks.append(_Task(self._mend, group, began).begin())
 
-    def _mend(self, verb: Verb, group: Sequence[Action], began: float) -> None:
+    def _mend(self, group: Sequence[Action], began: float) -> None:
         """Repair, in a thread, and leave the outcome for the watcher.
 
-        Where Compose failed for several, each gets a command of its own; and for some verbs there
-        is something else to try.
+        Where Compose failed for several, each gets a command of its own.
         """
-        error: Optional[Exception] = None
+        verb, error = group[0].verb, None
         turn: Any = self.turn if verb in _UP else contextlib.ExitStack()
         try:
             with turn:
@@ -2022,50 +2010,45 @@ class _Watch:
             return
         except Exception as failure:
             error = failure
-        instead = self._find_instead(verb, group[0].service, error)
         if error and len(group) > 1:
             for action in group:
-                self._mend(verb, [action], began)
-        elif error and instead:
-            logger.info('%s: %s, not %s: %s', group[0].label, group[0].cause, verb.value, error)
-            self._mend(instead, group, began)
+                self._mend([action], began)
         else:
-            self.results.extend((verb, action, error, began) for action in group)
+            self.results.extend((action, error, began) for action in group)
             self.wake.set()
 
-    def _find_instead(self, verb: Verb, service: str, error: Optional[Exception]) -> Optional[Verb]:
-        """Return what else may help where this failed, and concerns no sibling and no sharer."""
-        own = self.stack.services.get(service, Service())
-        gone = getattr(error, 'returncode', None) in (404, 409)  # it is being removed
-        if verb is Verb.START and own.scale == 1 and not own.owners and not gone:
-            return Verb.UP
-        return Verb.REMOVE if verb is Verb.RECREATE else None
-
-    def _record(self, verb: Verb, action: Action, error: Optional[Exception], began: float) -> None:
+    def _record(self, action: Action, error: Optional[Exception], began: float) -> None:
         """Remember a repair: the next one of the same may have to wait."""
-        for key in action.touched:
-            self.busy.remove(key)
-        streak, now = action.streak, self.clock()
-        if verb in _UP:
+        streak, now, done = action.streak, self.clock(), action.verb.value
+        if action.verb in _UP:
             self.declared = set()  # it may be declared in another way by now
         if error is None:
-            logger.info(
-                '%s: %s -> %s (%.2f s)', action.label, action.cause, verb.value, now - began
-            )
+            logger.info('%s: %s -> %s (%.2f s)', action.label, action.cause, done, now - began)
             failures, ill = 0, action.cause == 'unhealthy'
         else:
+            instead = self._find_instead(action, error)
+            level = logging.INFO if instead else logging.ERROR
+            logger.log(level, '%s: %s, not %s: %s', action.label, action.cause, done, error)
+            if instead:
+                self._begin([action._replace(verb=instead)], began)
+                return
             self.failures += 1
-            logger.error('%s: %s, not %s: %s', action.label, action.cause, verb.value, error)
             failures, ill = 1 + streak.failures * (streak.error == str(error)), streak.ill
         if failures == _LOOP:
-            _warn(
-                f'{action.label}: not {verb.value} {failures} times for the same reason: {error}. '
-                f'{_ADVICE}'
-            )
-        first_start = action.container and action.container.state is State.CREATED
-        if error is not None or verb not in (Verb.UNPAUSE, Verb.REMOVE) and not first_start:
+            told = f'{action.label}: not {done} {failures} times for the same reason: {error}'
+            _warn(f'{told}. {_ADVICE}')
+        state = action.container and action.container.state
+        if error is not None or state not in (State.CREATED, State.PAUSED):
             streak = Streak(streak.repairs + 1, streak.began, now, ill, str(error or ''), failures)
             self.streaks[action.key] = streak
+
+    def _find_instead(self, action: Action, error: Exception) -> Optional[Verb]:
+        """Return what else may help where this failed, and concerns no sibling and no sharer."""
+        own = self.stack.services.get(action.service, Service())
+        gone = getattr(error, 'returncode', None) in (404, 409)  # it is being removed
+        if action.verb is Verb.START and own.scale == 1 and not own.owners and not gone:
+            return Verb.UP
+        return Verb.REMOVE if action.verb is Verb.RECREATE else None
 
 
 def _group(actions: Iterable[Action]) -> Iterable[List[Action]]:
