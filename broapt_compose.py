@@ -1865,8 +1865,7 @@ class _Watch:
         self._tell(actions, now, woken)
         waiting = [action for action in actions if now < action.due < math.inf]
         self.seen = {(action.verb, action.key): action.since for action in waiting}
-        for group in _group([action for action in actions if action.due <= now]):
-            self._begin(group, now)
+        self._begin([action for action in actions if action.due <= now], now)
         self._report(containers, actions)
         wanted = min([now + self.settings.interval, *(action.due for action in waiting)])
         return wanted - self.clock()
@@ -1900,10 +1899,10 @@ class _Watch:
                 self.in_doubt = True
                 continue
             kind, _, _ = event['Action'].partition(':')
-            ident = event['Actor']['ID']
+            ident, told = event['Actor']['ID'], event['Actor']['Attributes']
             named.add(ident)
             if kind in ('kill', 'stop', 'destroy', 'remove'):
-                self._note_deed(event, ident)
+                self._note_deed(event, (ident, told.get(_SERVICE, '')))
             if kind == 'die' and event['time'] >= self.killed.get(ident, -math.inf):
                 self.crashed.add(ident)
             if kind in ('start', 'destroy', 'remove'):
@@ -1911,17 +1910,16 @@ class _Watch:
                 self.crashed.discard(ident)
         return named
 
-    def _note_deed(self, event: Mapping[str, Any], ident: str) -> None:
+    def _note_deed(self, event: Mapping[str, Any], keys: Sequence[str]) -> None:
         """Note what somebody did to a container: the count of its repairs begins anew."""
-        told = event['Actor']['Attributes']
-        for key in (ident, told.get(_SERVICE, '')):
+        for key in keys:
             recent = self.clock() - self.streaks.get(key, Streak()).ended < 1.0
             if key in self.busy or recent:
                 return  # it was us
-        for key in (ident, told.get(_SERVICE, '')):
+        for key in keys:
             self.streaks.pop(key, None)
-        reload = told.get('signal') in _RELOADS
-        self.killed[ident] = event['time'] + _STEADY if reload else math.inf
+        reload = event['Actor']['Attributes'].get('signal') in _RELOADS
+        self.killed[keys[0]] = event['time'] + _STEADY if reload else math.inf
 
     def _look(self, named: Set[str]) -> List[Container]:
         """Return the containers, having read the Compose files anew if somebody has deployed."""
@@ -1990,11 +1988,14 @@ class _Watch:
 
     # -- repairs
 
-    def _begin(self, group: Sequence[Action], began: float) -> None:
-        for action in group:
+    def _begin(self, actions: Sequence[Action], now: float) -> None:
+        """Begin repairs: several in one only by Compose, which takes its time each time."""
+        groups: Dict[Any, List[Action]] = {}
+        for action in actions:
+            groups.setdefault(action.verb if action.verb in _UP else action.key, []).append(action)
             self.busy += action.touched
         self.tasks = [task for task in self.tasks if not task.ended.is_set()]
-        self.tasks.append(_Task(self._mend, group, began).begin())
+        self.tasks += [_Task(self._mend, group, now).begin() for group in groups.values()]
 
     def _mend(self, group: Sequence[Action], began: float) -> None:
         """Repair, in a thread, and leave the outcome for the watcher.
@@ -2037,6 +2038,7 @@ class _Watch:
         if failures == _LOOP:
             told = f'{action.label}: not {done} {failures} times for the same reason: {error}'
             _warn(f'{told}. {_ADVICE}')
+        # Unpausing does not count, nor does a first start.
         state = action.container and action.container.state
         if error is not None or state not in (State.CREATED, State.PAUSED):
             streak = Streak(streak.repairs + 1, streak.began, now, ill, str(error or ''), failures)
@@ -2049,14 +2051,6 @@ class _Watch:
         if action.verb is Verb.START and own.scale == 1 and not own.owners and not gone:
             return Verb.UP
         return Verb.REMOVE if action.verb is Verb.RECREATE else None
-
-
-def _group(actions: Iterable[Action]) -> Iterable[List[Action]]:
-    """Return what is done together: several only by Compose, which takes its time each time."""
-    groups: Dict[Any, List[Action]] = {}
-    for action in actions:
-        groups.setdefault(action.verb if action.verb in _UP else action.key, []).append(action)
-    return groups.values()
 
 
 _ADVICE = (
@@ -2072,11 +2066,8 @@ def _watch_in_process(stack: _Stack, begun: threading.Event) -> None:
         while not lowered.is_set():
             try:
                 code = _run_process(stack, begun)
-            except (
-                OSError,
-                AssertionError,
-                RuntimeError,
-            ) as error:  # a daemonic one has no children
+            # AssertionError: a process that is a daemon may have no children.
+            except (OSError, AssertionError, RuntimeError) as error:
                 _warn(f'no watcher process can be started: {error}')
                 begun.set()
                 lowered.wait(stack.settings.interval)
@@ -2179,17 +2170,14 @@ def _supervise(stack: _Stack) -> Iterator[UpFlag]:
     watcher = _make_watcher(stack, begun)
     with _handling(signals):
         try:
-            try:
+            with _deaf_after():
                 _bring_up(stack, start)
                 watcher.start()
                 _wait(begun)  # a fork amid the body's own subprocesses would hold their pipes open
                 stack.notify('READY=1')
                 yield UP_FLAG
                 failed = False
-            finally:
-                if os.getpid() == owner:
-                    _Signals.go_deaf()
-        finally:  # nested, for a signal may come before that
+        finally:  # around that, for a signal may still come at its end
             if os.getpid() == owner:
                 # Again: the body may have changed the handlers, as asyncio does.
                 with _handling(signals), contextlib.closing(stack):
@@ -2218,14 +2206,12 @@ def _bring_up(stack: _Stack, start: _Task) -> None:
 
 
 def _make_watcher(stack: _Stack, begun: threading.Event) -> threading.Thread:
-    watch = _watch_in_process if stack.settings.watcher is Watcher.PROCESS else _watch_in_thread
-    name = 'broapt-watchdog'
-    return threading.Thread(target=watch, args=(stack, begun), name=name, daemon=True)
-
-
-def _watch_in_thread(stack: _Stack, begun: threading.Event) -> None:
-    begun.set()
-    _Watch(stack).run()
+    """Return the thread that watches, in itself or in a process; *begun* is set once it does."""
+    watch: Callable[[], Any] = functools.partial(_watch_in_process, stack, begun)
+    if stack.settings.watcher is Watcher.THREAD:
+        begun.set()
+        watch = _Watch(stack).run
+    return threading.Thread(target=watch, name='broapt-watchdog', daemon=True)
 
 
 def _end(stack: _Stack, start: _Task, watcher: threading.Thread, failed: bool) -> None:
@@ -2253,16 +2239,21 @@ class _Signals:
 
     number: Optional[int] = None  # the kill signal
     previous: Dict[int, Any] = {}  # the handlers that flask_exit replaced
-    deaf_until = (
-        0.0  # monotonic: a second from a signal on, as PyInstaller repeats it, and in the clean-up
-    )
+    # Monotonic: a second from a signal on, as PyInstaller repeats it, and in the clean-up.
+    deaf_until = 0.0
     noted: List[int] = []  # signals that came while deaf
 
-    @classmethod
-    def go_deaf(cls) -> None:
-        """From here on, only note the signals that the main thread gets."""
-        if threading.current_thread() is threading.main_thread():
-            cls.deaf_until = math.inf
+
+@contextlib.contextmanager
+def _deaf_after() -> Iterator[None]:
+    """From the end of the block on, only note the signals that the main thread gets."""
+    owner = os.getpid()
+    try:
+        yield
+    finally:
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        if in_main_thread and os.getpid() == owner:
+            _Signals.deaf_until = math.inf
 
 
 def flask_exit(signum: Optional[int] = None, frame: Any = None) -> None:
@@ -2277,15 +2268,12 @@ def flask_exit(signum: Optional[int] = None, frame: Any = None) -> None:
         environ = flask.request.environ if flask is not None and flask.has_request_context() else {}
         kill_signal = _Signals.number or Settings.load().kill_signal
         environ.get('werkzeug.server.shutdown', lambda: os.kill(os.getpid(), kill_signal))()
-    elif time.monotonic() < _Signals.deaf_until:
+        return
+    previous = _Signals.previous.get(signum)
+    if time.monotonic() < _Signals.deaf_until:
         _Signals.noted.append(signum)
-    elif _Signals.previous.get(signum) not in (
-        None,
-        signal.SIG_DFL,
-        signal.SIG_IGN,
-        signal.default_int_handler,
-    ):
-        _Signals.previous[signum](signum, frame)
+    elif callable(previous) and previous is not signal.default_int_handler:
+        previous(signum, frame)
     else:
         _Signals.deaf_until = time.monotonic() + 1.0
         raise KeyboardInterrupt
@@ -2309,22 +2297,22 @@ def register(settings: Optional[Settings] = None) -> None:
 @contextlib.contextmanager
 def _handling(signals: Iterable[int]) -> Iterator[None]:
     """Let flask_exit handle these signals, unless they are ignored; tell which came too late."""
-    main = threading.current_thread() is threading.main_thread()  # only there can they be handled
+    owner, replaced = os.getpid(), {}
     kept = (flask_exit, signal.SIG_IGN, None)  # None: Python could not put that handler back
-    replaced = {
-        s: signal.signal(s, flask_exit) for s in signals if main and signal.getsignal(s) not in kept
-    }
-    owner = os.getpid()
+    if threading.current_thread() is threading.main_thread():  # only there can they be handled
+        changed = [signum for signum in signals if signal.getsignal(signum) not in kept]
+        replaced = {signum: signal.signal(signum, flask_exit) for signum in changed}
     _Signals.previous.update(replaced)
     try:
         yield
     finally:
-        for signum, handler in replaced.items() if os.getpid() == owner else ():
-            signal.signal(signum, handler)
-            _Signals.previous.pop(signum, None)
-        while _Signals.noted and os.getpid() == owner:
-            name = signal.Signals(_Signals.noted.pop(0)).name
-            logger.info('%s came when the end was under way already; it changed nothing', name)
+        if os.getpid() == owner:
+            for signum, handler in replaced.items():
+                signal.signal(signum, handler)
+                _Signals.previous.pop(signum, None)
+            while _Signals.noted:
+                name = signal.Signals(_Signals.noted.pop(0)).name
+                logger.info('%s came when the end was under way already; it changed nothing', name)
 
 
 # -- the command line ------------------------------------------------------------------------------
