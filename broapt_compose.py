@@ -986,7 +986,10 @@ class Streak(NamedTuple):
 
 
 class Action(NamedTuple):
-    """What is done about one fault, now or later, or why nothing is."""
+    """What is done about one fault, now or later, or why nothing is.
+
+    The fault is found with the verb that would mend it; whether, and when, is decided after that.
+    """
 
     verb: Verb
     service: str
@@ -1035,14 +1038,12 @@ def decide(
     *containers*: newest first; *now*: seconds of a monotonic clock.
     """
     own = [c for c in containers if c.service in services]
-    faults = [_judge(container, own, services, settings) for container in own]
+    faults = [_judge(container, own, services) for container in own]
     faults += [_count(name, own, services) for name in services]
-    return [_plan(fault, services, now, history, settings.settle) for fault in faults if fault]
+    return [_schedule(fault, services, now, history, settings) for fault in faults if fault]
 
 
-def _judge(
-    container: Container, own: Containers, services: Services, settings: Settings
-) -> Optional[Action]:
+def _judge(container: Container, own: Containers, services: Services) -> Optional[Action]:
     """Return what is wrong with a container, by the table of the contract; None: nothing."""
     verb, cause, why = Verb.START, container.condition, ''
     name, state = container.service, container.state
@@ -1068,7 +1069,6 @@ def _judge(
         verb, cause = Verb.RESTART, renewed
     elif container.health == 'unhealthy' and not replaced:
         verb = Verb.RESTART
-        why = 'told to ignore health' if settings.unhealthy is Unhealthy.IGNORE else ''
     else:
         return None
     return Action(verb, name, container, cause, why)
@@ -1119,39 +1119,44 @@ def _find_obstacle(name: str, own: Containers, services: Services) -> str:
     That something is merely started first is left to Compose; for the rest it would wait, and hold
     up all others.
     """
+    completed = {c.service for c in own if c.exit_code == 0}
+    healthy = {c.service for c in own if c.health == 'healthy'}
+    running = {c.service for c in own if c.state is State.RUNNING}
     for other, condition in services[name].depends_on.items():
-        needed = [c for c in own if c.service == other]
         if other not in services or services[other].left or not services[other].scale:
             continue
-        if condition == 'service_completed_successfully' and not any(
-            c.exit_code == 0 for c in needed
-        ):
+        if condition == 'service_completed_successfully' and other not in completed:
             return f'waits for {other} to complete'
-        if condition == 'service_healthy' and not any(c.health == 'healthy' for c in needed):
+        if condition == 'service_healthy' and other not in healthy:
             return f'waits for {other} to be healthy'
     for owner in services[name].owners:
-        if not any(c.service == owner and c.state is State.RUNNING for c in own):
+        if owner not in running:
             return f'waits for {owner} to run'
     return ''
 
 
-def _plan(fault: Action, services: Services, now: float, history: History, settle: float) -> Action:
-    """Return when the fault is due to be mended, or that it is left alone."""
+def _schedule(
+    fault: Action, services: Services, now: float, history: History, settings: Settings
+) -> Action:
+    """Return the fault with the time when it is to be mended, or as left alone."""
     container, left = fault.container, services[fault.service].left
     if container is not None and not container.watched:
         left = _LABEL
-    if left or fault.why:
-        return fault._replace(verb=Verb.LEAVE, why=left or fault.why, wanted=not left)
+    ill, why = fault.cause == 'unhealthy', left or fault.why
+    if ill and settings.unhealthy is Unhealthy.IGNORE:
+        why = why or 'told to ignore health'
+    if why:
+        return fault._replace(verb=Verb.LEAVE, why=why, wanted=not left)
     since = history.seen.get((fault.verb, fault.key), now)
     streak = history.streaks.get(fault.key, Streak())
     if since - streak.ended >= _STEADY and not streak.ill:
         streak = Streak(began=since)
+    delay = min(2**streak.repairs // 2, _LONGEST_DELAY)  # 0, 1, 2, 4 ...
     # What shares the processes of another dies with it, whoever has ended that one.
     shares = container is not None and 'pid' in container.owners.values()
-    if fault.cause == 'unhealthy' or fault.key in history.crashed and not shares:
-        settle = 0.0
-    delay = min(2**streak.repairs // 2, _LONGEST_DELAY)  # 0, 1, 2, 4 ...
-    return fault._replace(since=since, due=since + max(delay, settle), streak=streak)
+    at_once = ill or fault.key in history.crashed and not shares
+    due = since + max(delay, 0.0 if at_once else settings.settle)
+    return fault._replace(since=since, due=due, streak=streak)
 
 
 # -- the stack -------------------------------------------------------------------------------------
@@ -1954,9 +1959,8 @@ class _Watch:
         self.seen = {}
         if self.outage is None:
             self.outage = now
-            _warn(
-                f'Docker does not answer; trying again every {self.settings.interval:g} s: {error}'
-            )
+            pause = f'{self.settings.interval:g} s'
+            _warn(f'Docker does not answer; trying again every {pause}: {error}')
         return min(self.settings.interval, max(0.1, now - self.outage))  # soon at first
 
     def _note_holds(self) -> Dict[str, float]:
@@ -1982,9 +1986,8 @@ class _Watch:
     def _report(self, containers: Containers, actions: Sequence[Action]) -> None:
         status = '; '.join(f'{action.label}: {action.cause}' for action in actions if action.wanted)
         running = [c.state is State.RUNNING for c in containers if c.service in self.stack.services]
-        self.stack.notify(
-            f'STATUS={status or f"{sum(running)} of {len(running)} running"}\nWATCHDOG=1'
-        )
+        well = f'{sum(running)} of {len(running)} running'
+        self.stack.notify(f'STATUS={status or well}\nWATCHDOG=1')
 
     # -- repairs
 
