@@ -986,7 +986,10 @@ class Streak(NamedTuple):
 
 
 class Action(NamedTuple):
-    """What is done about one fault, now or later, or why nothing is."""
+    """What is done about one fault, now or later, or why nothing is.
+
+    The fault is found with the verb that would mend it; whether, and when, is decided after that.
+    """
 
     verb: Verb
     service: str
@@ -1034,82 +1037,41 @@ def decide(
 
     *containers*: newest first; *now*: seconds of a monotonic clock.
     """
-    actions = []
-    for action in _find_faults(
-        [c for c in containers if c.service in services], services, settings
-    ):
-        if action.verb is not Verb.LEAVE:
-            since = history.seen.get((action.verb, action.key), now)
-            streak = history.streaks.get(action.key, Streak())
-            if since - streak.ended >= _STEADY and not streak.ill:
-                streak = Streak(began=since)
-            delay = (
-                min(2.0 ** min(streak.repairs - 1, 9), _LONGEST_DELAY) if streak.repairs else 0.0
-            )
-            # What shares the processes of another dies with it, whoever has ended that one.
-            shares = action.container is not None and 'pid' in action.container.owners.values()
-            crashed = action.key in history.crashed and not shares
-            at_once = crashed or action.cause == 'unhealthy'
-            due = since + max(delay, 0.0 if at_once else settings.settle)
-            action = action._replace(since=since, due=due, streak=streak)
-        actions.append(action)
-    return actions
+    own = [c for c in containers if c.service in services]
+    faults = [_judge(container, own, services) for container in own]
+    faults += [_count(name, own, services) for name in services]
+    return [_schedule(fault, services, now, history, settings) for fault in faults if fault]
 
 
-def _find_faults(own: Containers, services: Services, settings: Settings) -> Iterator[Action]:
-    for container in own:
-        verb, cause, why = _judge(container, own, services, settings)
-        left = services[container.service].left if container.watched else _LABEL
-        if verb is not None:
-            yield _make_action(verb, container.service, container, cause, left, why)
-    for name, service in services.items():
-        missing = service.scale - len({c.number for c in own if c.service == name})
-        if missing > 0:
-            cause = 'missing' if service.scale == 1 else f'{missing} of {service.scale} missing'
-            why = _find_obstacle(name, own, services)
-            yield _make_action(Verb.CREATE, name, None, cause, service.left, why)
-
-
-def _make_action(
-    verb: Verb, service: str, container: Optional[Container], cause: str, left: str, why: str
-) -> Action:
-    """Return what is done about a fault: nothing if somebody wants that (*left*) or for *why*."""
-    why = left or why
-    return Action(Verb.LEAVE if why else verb, service, container, cause, why, wanted=not left)
-
-
-_LEFT_OVER = 'left over from an interrupted recreate: it will not be touched'
-# What is to be done (None: all is well), the fault, why it can't be done now.
-_Judgement = Tuple[Optional[Verb], str, str]
-
-
-def _judge(
-    container: Container, own: Containers, services: Services, settings: Settings
-) -> _Judgement:
-    """Judge one container by the table of the contract."""
-    state, cause = container.state, container.condition
-    if state is State.PAUSED:
-        return Verb.UNPAUSE, cause, ''
-    if state is State.DEAD:
-        return Verb.REMOVE, cause, ''
-    if state in (State.RESTARTING, State.REMOVING):
-        return Verb.START, cause, 'Docker is at it'
-    if _is_done(container, services):
-        return None, '', ''
+def _judge(container: Container, own: Containers, services: Services) -> Optional[Action]:
+    """Return what is wrong with a container, by the table of the contract; None: nothing."""
+    verb, cause, why = Verb.START, container.condition, ''
+    name, state = container.service, container.state
     replaced = _is_being_replaced(container, own)
-    if replaced and state is not State.RUNNING:
-        return Verb.START, cause, _LEFT_OVER
-    judgement = _judge_surroundings(container, own, services)
-    if judgement is not None:
-        return judgement
-    if state is not State.RUNNING:
-        first = state is State.CREATED
-        why = _find_obstacle(container.service, own, services) if first else ''
-        return Verb.START, cause, why
-    if container.health != 'unhealthy' or replaced:
-        return None, '', ''
-    ignored = settings.unhealthy is Unhealthy.IGNORE
-    return Verb.RESTART, cause, 'told to ignore health' if ignored else ''
+    idle, renewed = _judge_owners(container, own, services)
+    if state is State.PAUSED:
+        verb = Verb.UNPAUSE
+    elif state is State.DEAD:
+        verb = Verb.REMOVE
+    elif state in (State.RESTARTING, State.REMOVING):
+        why = 'Docker is at it'
+    elif _is_done(container, services):
+        return None
+    elif replaced and state is not State.RUNNING:
+        why = 'left over from an interrupted recreate: it will not be touched'
+    elif container.lost:
+        alone = [c.service for c in own].count(name) == 1
+        verb = Verb.RECREATE if alone else Verb.REMOVE  # siblings would be created anew, too
+        cause, why = f'{container.lost} is gone', _find_obstacle(name, own, services)
+    elif idle or state is not State.RUNNING:
+        why = idle or (_find_obstacle(name, own, services) if state is State.CREATED else '')
+    elif renewed:
+        verb, cause = Verb.RESTART, renewed
+    elif container.health == 'unhealthy' and not replaced:
+        verb = Verb.RESTART
+    else:
+        return None
+    return Action(verb, name, container, cause, why)
 
 
 def _is_being_replaced(container: Container, own: Containers) -> bool:
@@ -1123,35 +1085,32 @@ def _is_being_replaced(container: Container, own: Containers) -> bool:
     return twins[0] is not container or any(c.state in _ALIVE for c in twins[1:])
 
 
-def _judge_surroundings(
-    container: Container, own: Containers, services: Services
-) -> Optional[_Judgement]:
-    """Judge whether what the container was made for is still there; None: it is."""
-    if container.lost:
-        alone = [c.service for c in own].count(container.service) == 1
-        why = _find_obstacle(container.service, own, services)
-        verb = Verb.RECREATE if alone else Verb.REMOVE  # siblings would be created anew, too
-        return verb, f'{container.lost} is gone', why
-    for name, kind in container.owners.items():
-        for owner in own:
-            if name not in (owner.id, owner.name):
-                continue
-            if owner.state not in (State.RUNNING, State.PAUSED):
-                unwatched = services[owner.service].left or not owner.watched
-                also = ' and not watched' if unwatched else ''
-                return Verb.RESTART, container.condition, f"its {kind}'s owner is not running{also}"
-            if container.state is State.RUNNING and owner.since > container.since > 0:
-                return Verb.RESTART, f'its {kind} is gone: {owner.label} was started after it', ''
-    return None
+def _judge_owners(container: Container, own: Containers, services: Services) -> Tuple[str, str]:
+    """Return what hinders a container that shares a namespace, and what makes it useless; or ''."""
+    idle = renewed = ''
+    for owner in own:
+        kind = container.owners.get(owner.id) or container.owners.get(owner.name)
+        if kind and owner.state not in (State.RUNNING, State.PAUSED):
+            unwatched = services[owner.service].left or not owner.watched
+            idle = f"its {kind}'s owner is not running" + (' and not watched' if unwatched else '')
+        elif kind and owner.since > container.since > 0:
+            renewed = f'its {kind} is gone: {owner.label} was started after it'
+    return idle, renewed
 
 
 def _is_done(container: Container, services: Services) -> bool:
     wanted = [service.depends_on.get(container.service) for service in services.values()]
-    return (
-        container.exit_code == 0
-        and container.state is State.EXITED
-        and 'service_completed_successfully' in wanted
-    )
+    return container.exit_code == 0 and 'service_completed_successfully' in wanted
+
+
+def _count(name: str, own: Containers, services: Services) -> Optional[Action]:
+    """Return what is wrong with the number of a service's containers; None: nothing."""
+    scale = services[name].scale
+    missing = scale - len({c.number for c in own if c.service == name})
+    if missing <= 0:
+        return None
+    cause = 'missing' if scale == 1 else f'{missing} of {scale} missing'
+    return Action(Verb.CREATE, name, None, cause, _find_obstacle(name, own, services))
 
 
 def _find_obstacle(name: str, own: Containers, services: Services) -> str:
@@ -1160,20 +1119,44 @@ def _find_obstacle(name: str, own: Containers, services: Services) -> str:
     That something is merely started first is left to Compose; for the rest it would wait, and hold
     up all others.
     """
+    completed = {c.service for c in own if c.exit_code == 0}
+    healthy = {c.service for c in own if c.health == 'healthy'}
+    running = {c.service for c in own if c.state is State.RUNNING}
     for other, condition in services[name].depends_on.items():
-        needed = [c for c in own if c.service == other]
         if other not in services or services[other].left or not services[other].scale:
             continue
-        if condition == 'service_completed_successfully' and not any(
-            c.exit_code == 0 for c in needed
-        ):
+        if condition == 'service_completed_successfully' and other not in completed:
             return f'waits for {other} to complete'
-        if condition == 'service_healthy' and not any(c.health == 'healthy' for c in needed):
+        if condition == 'service_healthy' and other not in healthy:
             return f'waits for {other} to be healthy'
     for owner in services[name].owners:
-        if not any(c.service == owner and c.state is State.RUNNING for c in own):
+        if owner not in running:
             return f'waits for {owner} to run'
     return ''
+
+
+def _schedule(
+    fault: Action, services: Services, now: float, history: History, settings: Settings
+) -> Action:
+    """Return the fault with the time when it is to be mended, or as left alone."""
+    container, left = fault.container, services[fault.service].left
+    if container is not None and not container.watched:
+        left = _LABEL
+    ill, why = fault.cause == 'unhealthy', left or fault.why
+    if ill and settings.unhealthy is Unhealthy.IGNORE:
+        why = why or 'told to ignore health'
+    if why:
+        return fault._replace(verb=Verb.LEAVE, why=why, wanted=not left)
+    since = history.seen.get((fault.verb, fault.key), now)
+    streak = history.streaks.get(fault.key, Streak())
+    if since - streak.ended >= _STEADY and not streak.ill:
+        streak = Streak(began=since)
+    delay = min(2**streak.repairs // 2, _LONGEST_DELAY)  # 0, 1, 2, 4 ...
+    # What shares the processes of another dies with it, whoever has ended that one.
+    shares = container is not None and 'pid' in container.owners.values()
+    at_once = ill or fault.key in history.crashed and not shares
+    due = since + max(delay, 0.0 if at_once else settings.settle)
+    return fault._replace(since=since, due=due, streak=streak)
 
 
 # -- the stack -------------------------------------------------------------------------------------
@@ -1798,15 +1781,10 @@ class _Stack(_Project):
 
 
 # -- the watcher -----------------------------------------------------------------------------------
-_EVENTS = (
-    'create start kill die stop oom pause unpause destroy remove health_status'.split()
-)  # podman: remove
-_RELOADS = (
-    '1',
-    '10',
-    '12',
-    '28',
-)  # HUP, USR1, USR2, WINCH: they ask for something else than the end
+# Where Docker says destroy, podman says remove.
+_EVENTS = 'create start kill die stop oom pause unpause destroy remove health_status'.split()
+# HUP, USR1, USR2, WINCH: they ask for something else than the end.
+_RELOADS = ('1', '10', '12', '28')
 
 
 class _Watch:
@@ -1816,16 +1794,21 @@ class _Watch:
         self.stack, self.settings, self.clock = stack, stack.settings, clock
         stack.flag = UP_FLAG
         self.wake = threading.Event()  # set when there is something to look at
-        self.events: Deque[Dict[str, Any]] = collections.deque()  # that came since the last look
-        self.results: Deque[Tuple[Verb, Action, Optional[Exception], float]] = collections.deque()
+        self.over = threading.Event()  # set when the flag has been lowered, if only for a moment
+        # Events that came since the last look; None: a stream has been opened.
+        self.events: Deque[Optional[Dict[str, Any]]] = collections.deque()
+        # Repairs that have ended: why they failed, if they did, and when they began.
+        self.results: Deque[Tuple[Action, Optional[Exception], float]] = collections.deque()
         self.since = 0.0  # the engine's time up to which all events have been seen
         self.stirred = -math.inf  # when the last event came
         self.in_doubt = True  # whether the list tells all that changed: events may have been missed
-        self.killed: Dict[str, Tuple[float, str]] = {}  # by somebody: when, and by which signal
+        # By somebody -> until when it dies of that, by the engine's clock.
+        self.killed: Dict[str, float] = {}
         self.seen: Dict[Tuple[Verb, str], float] = {}  # as in History
         self.streaks: Dict[str, Streak] = {}
         self.crashed: Set[str] = set()
-        self.declared: Optional[Set[str]] = None  # ids at the time when the files were read
+        # Ids of the containers that the files, as they were read, tell of; None: of all so far.
+        self.declared: Optional[Set[str]] = None
         self.holds: Dict[str, float] = {}
         self.busy: List[str] = []  # ids, and services, that are being repaired
         self.turn = threading.Lock()  # for Compose: two would create the same network twice
@@ -1841,12 +1824,11 @@ class _Watch:
 
     def run(self) -> None:
         """Watch until the flag is lowered."""
-        follower, over = threading.Thread(target=self._follow, daemon=True), threading.Event()
-        with UP_FLAG.when_lowered(over.set), UP_FLAG.when_lowered(
-            self.wake.set
-        ), contextlib.closing(self):
+        follower = threading.Thread(target=self._follow, daemon=True)
+        over, wake = UP_FLAG.when_lowered(self.over.set), UP_FLAG.when_lowered(self.wake.set)
+        with over, wake, contextlib.closing(self):
             woken = True
-            while not over.is_set():
+            while not self.over.is_set():
                 timeout = self.settings.interval
                 try:
                     timeout = self.cycle(woken)
@@ -1864,28 +1846,19 @@ class _Watch:
 
     def _follow(self) -> None:
         """Collect events until the flag is lowered, from one stream after the other."""
-        over, engine = threading.Event(), self.stack.engine
-        filters = {
-            'type': ['container'],
-            'event': _EVENTS,
-            'label': [f'{_PROJECT}={self.stack.project}'],
-        }
-        with UP_FLAG.when_lowered(over.set):
-            while not over.is_set():
-                began = self.clock()
-                try:
-                    for event in engine.follow(
-                        since=f'{self.since:.9f}', filters=json.dumps(filters)
-                    ):
-                        if event is None:  # it has just been opened
-                            self.in_doubt = True
-                        else:
-                            self.since, self.stirred = event['time'], self.clock()
-                            self.events.append(event)
-                        self.wake.set()
-                except (_Cancelled, ComposeError, KeyError, TypeError) as error:
-                    logger.debug('%s', error)
-                over.wait(max(0.0, began + 2.0 - self.clock()))
+        label = f'{_PROJECT}={self.stack.project}'
+        filters = json.dumps({'type': ['container'], 'event': _EVENTS, 'label': [label]})
+        while not self.over.is_set():
+            began = self.clock()
+            try:
+                for event in self.stack.engine.follow(since=f'{self.since:.9f}', filters=filters):
+                    if event is not None:
+                        self.since, self.stirred = event['time'], self.clock()
+                    self.events.append(event)
+                    self.wake.set()
+            except (_Cancelled, ComposeError, KeyError, TypeError) as error:
+                logger.debug('%s', error)
+            self.over.wait(max(0.0, began + 2.0 - self.clock()))
 
     def cycle(self, woken: bool = True) -> float:
         """Take one look and begin what is due; return the seconds until the next look is wanted."""
@@ -1907,8 +1880,7 @@ class _Watch:
         self._tell(actions, now, woken)
         waiting = [action for action in actions if now < action.due < math.inf]
         self.seen = {(action.verb, action.key): action.since for action in waiting}
-        for group in _group([action for action in actions if action.due <= now]):
-            self._begin(group, now)
+        self._begin([action for action in actions if action.due <= now], now)
         self._report(containers, actions)
         wanted = min([now + self.settings.interval, *(action.due for action in waiting)])
         return wanted - self.clock()
@@ -1927,31 +1899,32 @@ class _Watch:
     # -- what has happened
 
     def take_results(self) -> None:
-        """Take note of the repairs that have ended."""
+        """Take note of the repairs that have ended, and begin what else may help."""
         while self.results:
-            self._record(*self.results.popleft())
+            action, error, began = self.results.popleft()
+            for key in action.touched:
+                self.busy.remove(key)
+            self._record(action, error, began)
 
     def _take_events(self) -> Set[str]:
         """Note what the events tell; return the ids of the containers that they name."""
         named = set()
         while self.events:
             event = self.events.popleft()
+            if event is None:
+                self.in_doubt = True
+                continue
             kind, _, _ = event['Action'].partition(':')
             ident, told = event['Actor']['ID'], event['Actor']['Attributes']
             named.add(ident)
             if kind in ('kill', 'stop', 'destroy', 'remove'):
                 self._note_deed(event, (ident, told.get(_SERVICE, '')))
-            if kind == 'die' and not self._was_killed(ident, event['time']):
+            if kind == 'die' and event['time'] >= self.killed.get(ident, -math.inf):
                 self.crashed.add(ident)
             if kind in ('start', 'destroy', 'remove'):
                 self.killed.pop(ident, None)
                 self.crashed.discard(ident)
         return named
-
-    def _was_killed(self, ident: str, moment: float) -> bool:
-        """Tell whether a container that died at that moment was killed by somebody."""
-        killed, signum = self.killed.get(ident, (-math.inf, ''))
-        return moment - killed < _STEADY or (ident in self.killed and signum not in _RELOADS)
 
     def _note_deed(self, event: Mapping[str, Any], keys: Sequence[str]) -> None:
         """Note what somebody did to a container: the count of its repairs begins anew."""
@@ -1961,27 +1934,25 @@ class _Watch:
                 return  # it was us
         for key in keys:
             self.streaks.pop(key, None)
-        self.killed[keys[0]] = (event['time'], event['Actor']['Attributes'].get('signal', '9'))
+        reload = event['Actor']['Attributes'].get('signal') in _RELOADS
+        self.killed[keys[0]] = event['time'] + _STEADY if reload else math.inf
 
     def _look(self, named: Set[str]) -> List[Container]:
         """Return the containers, having read the Compose files anew if somebody has deployed."""
-        in_doubt, self.in_doubt = self.in_doubt, False
-        try:
-            self.since = self.since or self.stack.engine.get_time()
-            if not self.stack.services:
-                self.stack.read_services()
-            containers = self.stack.observe(None if in_doubt else named)
-            ids = {c.id for c in containers}
-            if self.declared is None:
-                self.declared = ids
-            deployed = not self.busy and not ids <= self.declared
-            deploying = ids != self.declared and self.stack.get_stamp() != self.stack.stamp
-            if deployed or deploying:
-                self.stack.read_services()
-                self.declared = ids
-        except BaseException:
-            self.in_doubt = True
-            raise
+        in_doubt, self.in_doubt = self.in_doubt, True  # until this look has succeeded
+        self.since = self.since or self.stack.engine.get_time()
+        if not self.stack.services:
+            self.stack.read_services()
+        containers = self.stack.observe(None if in_doubt else named)
+        ids = {c.id for c in containers}
+        if self.declared is None:
+            self.declared = ids
+        deployed = not self.busy and not ids <= self.declared
+        deploying = ids != self.declared and self.stack.get_stamp() != self.stack.stamp
+        if deployed or deploying:
+            self.stack.read_services()
+            self.declared = ids
+        self.in_doubt = False
         self._forget(containers)
         return containers
 
@@ -1989,8 +1960,8 @@ class _Watch:
         """Forget what is over: the illness of what is healthy, and what is not there any more."""
         there = {*self.stack.services, *(c.id for c in containers)}
         healthy = {c.id for c in containers if c.health == 'healthy'}
-        for key in list(self.streaks):
-            if key not in there or key in healthy and self.streaks[key].ill:
+        for key, streak in list(self.streaks.items()):
+            if key not in there or key in healthy and streak.ill:
                 del self.streaks[key]
         self.crashed &= there
 
@@ -1999,23 +1970,21 @@ class _Watch:
         self.seen = {}
         if self.outage is None:
             self.outage = now
-            _warn(
-                f'Docker does not answer; trying again every {self.settings.interval:g} s: {error}'
-            )
+            pause = f'{self.settings.interval:g} s'
+            _warn(f'Docker does not answer; trying again every {pause}: {error}')
         return min(self.settings.interval, max(0.1, now - self.outage))  # soon at first
 
     def _note_holds(self) -> Dict[str, float]:
         before, self.holds = self.holds, self.stack.read_holds()
-        for name in sorted(self.holds.keys() - before.keys()):
-            logger.info('%s: on hold until %s', name, _clock_time(self.holds[name]))
-        for name in sorted(before.keys() - self.holds.keys()):
-            logger.info('%s: not on hold any more', name)
+        for name in sorted(self.holds.keys() ^ before.keys()):
+            until = self.holds.get(name)
+            told = f'on hold until {_clock_time(until)}' if until else 'not on hold any more'
+            logger.info('%s: %s', name, told)
         return self.holds
 
     def _tell(self, actions: Sequence[Action], now: float, woken: bool) -> None:
         """Warn of crash loops; let the events be followed anew if they did not tell of a fault."""
-        known = self.seen
-        fresh = [a for a in actions if a.due < math.inf and (a.verb, a.key) not in known]
+        fresh = [a for a in actions if a.due < math.inf and (a.verb, a.key) not in self.seen]
         for action in fresh:
             streak = action.streak
             if streak.repairs + 1 >= _LOOP:
@@ -2028,25 +1997,26 @@ class _Watch:
     def _report(self, containers: Containers, actions: Sequence[Action]) -> None:
         status = '; '.join(f'{action.label}: {action.cause}' for action in actions if action.wanted)
         running = [c.state is State.RUNNING for c in containers if c.service in self.stack.services]
-        self.stack.notify(
-            f'STATUS={status or f"{sum(running)} of {len(running)} running"}\nWATCHDOG=1'
-        )
+        well = f'{sum(running)} of {len(running)} running'
+        self.stack.notify(f'STATUS={status or well}\nWATCHDOG=1')
 
     # -- repairs
 
-    def _begin(self, group: Sequence[Action], now: float) -> None:
-        for action in group:
+    def _begin(self, actions: Sequence[Action], now: float) -> None:
+        """Begin repairs: several in one only by Compose, which takes its time each time."""
+        groups: Dict[Any, List[Action]] = {}
+        for action in actions:
+            groups.setdefault(action.verb if action.verb in _UP else action.key, []).append(action)
             self.busy += action.touched
         self.tasks = [task for task in self.tasks if not task.ended.is_set()]
-        self.tasks.append(_Task(self._mend, group[0].verb, group, now).begin())
+        self.tasks += [_Task(self._mend, group, now).begin() for group in groups.values()]
 
-    def _mend(self, verb: Verb, group: Sequence[Action], began: float) -> None:
+    def _mend(self, group: Sequence[Action], began: float) -> None:
         """Repair, in a thread, and leave the outcome for the watcher.
 
-        Where Compose failed for several, each gets a command of its own; and for some verbs there
-        is something else to try.
+        Where Compose failed for several, each gets a command of its own.
         """
-        error: Optional[Exception] = None
+        verb, error = group[0].verb, None
         turn: Any = self.turn if verb in _UP else contextlib.ExitStack()
         try:
             with turn:
@@ -2055,58 +2025,46 @@ class _Watch:
             return
         except Exception as failure:
             error = failure
-        instead = self._find_instead(verb, group[0].service, error)
         if error and len(group) > 1:
             for action in group:
-                self._mend(verb, [action], began)
-        elif error and instead:
-            logger.info('%s: %s, not %s: %s', group[0].label, group[0].cause, verb.value, error)
-            self._mend(instead, group, began)
+                self._mend([action], began)
         else:
-            self.results.extend((verb, action, error, began) for action in group)
+            self.results.extend((action, error, began) for action in group)
             self.wake.set()
 
-    def _find_instead(self, verb: Verb, service: str, error: Optional[Exception]) -> Optional[Verb]:
-        """Return what else may help where this failed, and concerns no sibling and no sharer."""
-        own = self.stack.services.get(service, Service())
-        gone = getattr(error, 'returncode', None) in (404, 409)  # it is being removed
-        if verb is Verb.START and own.scale == 1 and not own.owners and not gone:
-            return Verb.UP
-        return Verb.REMOVE if verb is Verb.RECREATE else None
-
-    def _record(self, verb: Verb, action: Action, error: Optional[Exception], began: float) -> None:
+    def _record(self, action: Action, error: Optional[Exception], began: float) -> None:
         """Remember a repair: the next one of the same may have to wait."""
-        for key in action.touched:
-            self.busy.remove(key)
-        streak, now = action.streak, self.clock()
-        if verb in _UP:
+        streak, now, done = action.streak, self.clock(), action.verb.value
+        if action.verb in _UP:
             self.declared = set()  # it may be declared in another way by now
         if error is None:
-            logger.info(
-                '%s: %s -> %s (%.2f s)', action.label, action.cause, verb.value, now - began
-            )
+            logger.info('%s: %s -> %s (%.2f s)', action.label, action.cause, done, now - began)
             failures, ill = 0, action.cause == 'unhealthy'
         else:
+            instead = self._find_instead(action, error)
+            level = logging.INFO if instead else logging.ERROR
+            logger.log(level, '%s: %s, not %s: %s', action.label, action.cause, done, error)
+            if instead:
+                self._begin([action._replace(verb=instead)], began)
+                return
             self.failures += 1
-            logger.error('%s: %s, not %s: %s', action.label, action.cause, verb.value, error)
             failures, ill = 1 + streak.failures * (streak.error == str(error)), streak.ill
         if failures == _LOOP:
-            _warn(
-                f'{action.label}: not {verb.value} {failures} times for the same reason: {error}. '
-                f'{_ADVICE}'
-            )
-        first_start = action.container and action.container.state is State.CREATED
-        if error is not None or verb not in (Verb.UNPAUSE, Verb.REMOVE) and not first_start:
+            told = f'{action.label}: not {done} {failures} times for the same reason: {error}'
+            _warn(f'{told}. {_ADVICE}')
+        # Unpausing does not count, nor does a first start.
+        state = action.container and action.container.state
+        if error is not None or state not in (State.CREATED, State.PAUSED):
             streak = Streak(streak.repairs + 1, streak.began, now, ill, str(error or ''), failures)
             self.streaks[action.key] = streak
 
-
-def _group(actions: Iterable[Action]) -> Iterable[List[Action]]:
-    """Return what is done together: several only by Compose, which takes its time each time."""
-    groups: Dict[Any, List[Action]] = {}
-    for action in actions:
-        groups.setdefault(action.verb if action.verb in _UP else action.key, []).append(action)
-    return groups.values()
+    def _find_instead(self, action: Action, error: Exception) -> Optional[Verb]:
+        """Return what else may help where this failed, and concerns no sibling and no sharer."""
+        own = self.stack.services.get(action.service, Service())
+        gone = getattr(error, 'returncode', None) in (404, 409)  # it is being removed
+        if action.verb is Verb.START and own.scale == 1 and not own.owners and not gone:
+            return Verb.UP
+        return Verb.REMOVE if action.verb is Verb.RECREATE else None
 
 
 _ADVICE = (
@@ -2122,11 +2080,8 @@ def _watch_in_process(stack: _Stack, begun: threading.Event) -> None:
         while not lowered.is_set():
             try:
                 code = _run_process(stack, begun)
-            except (
-                OSError,
-                AssertionError,
-                RuntimeError,
-            ) as error:  # a daemonic one has no children
+            # AssertionError: a process that is a daemon may have no children.
+            except (OSError, AssertionError, RuntimeError) as error:
                 _warn(f'no watcher process can be started: {error}')
                 begun.set()
                 lowered.wait(stack.settings.interval)
@@ -2229,17 +2184,14 @@ def _supervise(stack: _Stack) -> Iterator[UpFlag]:
     watcher = _make_watcher(stack, begun)
     with _handling(signals):
         try:
-            try:
+            with _deaf_after():
                 _bring_up(stack, start)
                 watcher.start()
                 _wait(begun)  # a fork amid the body's own subprocesses would hold their pipes open
                 stack.notify('READY=1')
                 yield UP_FLAG
                 failed = False
-            finally:
-                if os.getpid() == owner:
-                    _Signals.go_deaf()
-        finally:  # nested, for a signal may come before that
+        finally:  # around that, for a signal may still come at its end
             if os.getpid() == owner:
                 # Again: the body may have changed the handlers, as asyncio does.
                 with _handling(signals), contextlib.closing(stack):
@@ -2268,14 +2220,12 @@ def _bring_up(stack: _Stack, start: _Task) -> None:
 
 
 def _make_watcher(stack: _Stack, begun: threading.Event) -> threading.Thread:
-    watch = _watch_in_process if stack.settings.watcher is Watcher.PROCESS else _watch_in_thread
-    name = 'broapt-watchdog'
-    return threading.Thread(target=watch, args=(stack, begun), name=name, daemon=True)
-
-
-def _watch_in_thread(stack: _Stack, begun: threading.Event) -> None:
-    begun.set()
-    _Watch(stack).run()
+    """Return the thread that watches, in itself or in a process; *begun* is set once it does."""
+    watch: Callable[[], Any] = functools.partial(_watch_in_process, stack, begun)
+    if stack.settings.watcher is Watcher.THREAD:
+        begun.set()
+        watch = _Watch(stack).run
+    return threading.Thread(target=watch, name='broapt-watchdog', daemon=True)
 
 
 def _end(stack: _Stack, start: _Task, watcher: threading.Thread, failed: bool) -> None:
@@ -2303,16 +2253,21 @@ class _Signals:
 
     number: Optional[int] = None  # the kill signal
     previous: Dict[int, Any] = {}  # the handlers that flask_exit replaced
-    deaf_until = (
-        0.0  # monotonic: a second from a signal on, as PyInstaller repeats it, and in the clean-up
-    )
+    # Monotonic: a second from a signal on, as PyInstaller repeats it, and in the clean-up.
+    deaf_until = 0.0
     noted: List[int] = []  # signals that came while deaf
 
-    @classmethod
-    def go_deaf(cls) -> None:
-        """From here on, only note the signals that the main thread gets."""
-        if threading.current_thread() is threading.main_thread():
-            cls.deaf_until = math.inf
+
+@contextlib.contextmanager
+def _deaf_after() -> Iterator[None]:
+    """From the end of the block on, only note the signals that the main thread gets."""
+    owner = os.getpid()
+    try:
+        yield
+    finally:
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        if in_main_thread and os.getpid() == owner:
+            _Signals.deaf_until = math.inf
 
 
 def flask_exit(signum: Optional[int] = None, frame: Any = None) -> None:
@@ -2327,15 +2282,12 @@ def flask_exit(signum: Optional[int] = None, frame: Any = None) -> None:
         environ = flask.request.environ if flask is not None and flask.has_request_context() else {}
         kill_signal = _Signals.number or Settings.load().kill_signal
         environ.get('werkzeug.server.shutdown', lambda: os.kill(os.getpid(), kill_signal))()
-    elif time.monotonic() < _Signals.deaf_until:
+        return
+    previous = _Signals.previous.get(signum)
+    if time.monotonic() < _Signals.deaf_until:
         _Signals.noted.append(signum)
-    elif _Signals.previous.get(signum) not in (
-        None,
-        signal.SIG_DFL,
-        signal.SIG_IGN,
-        signal.default_int_handler,
-    ):
-        _Signals.previous[signum](signum, frame)
+    elif callable(previous) and previous is not signal.default_int_handler:
+        previous(signum, frame)
     else:
         _Signals.deaf_until = time.monotonic() + 1.0
         raise KeyboardInterrupt
@@ -2359,22 +2311,22 @@ def register(settings: Optional[Settings] = None) -> None:
 @contextlib.contextmanager
 def _handling(signals: Iterable[int]) -> Iterator[None]:
     """Let flask_exit handle these signals, unless they are ignored; tell which came too late."""
-    main = threading.current_thread() is threading.main_thread()  # only there can they be handled
+    owner, replaced = os.getpid(), {}
     kept = (flask_exit, signal.SIG_IGN, None)  # None: Python could not put that handler back
-    replaced = {
-        s: signal.signal(s, flask_exit) for s in signals if main and signal.getsignal(s) not in kept
-    }
-    owner = os.getpid()
+    if threading.current_thread() is threading.main_thread():  # only there can they be handled
+        changed = [signum for signum in signals if signal.getsignal(signum) not in kept]
+        replaced = {signum: signal.signal(signum, flask_exit) for signum in changed}
     _Signals.previous.update(replaced)
     try:
         yield
     finally:
-        for signum, handler in replaced.items() if os.getpid() == owner else ():
-            signal.signal(signum, handler)
-            _Signals.previous.pop(signum, None)
-        while _Signals.noted and os.getpid() == owner:
-            name = signal.Signals(_Signals.noted.pop(0)).name
-            logger.info('%s came when the end was under way already; it changed nothing', name)
+        if os.getpid() == owner:
+            for signum, handler in replaced.items():
+                signal.signal(signum, handler)
+                _Signals.previous.pop(signum, None)
+            while _Signals.noted:
+                name = signal.Signals(_Signals.noted.pop(0)).name
+                logger.info('%s came when the end was under way already; it changed nothing', name)
 
 
 # -- the command line ------------------------------------------------------------------------------
