@@ -1947,6 +1947,7 @@ class _Watch:
         ids = {c.id for c in containers}
         if self.declared is None:
             self.declared = ids
+            self.stack.stamp = self.stack.stamp or self.stack.get_stamp()  # of what Compose found
         deployed = not self.busy and not ids <= self.declared
         deploying = ids != self.declared and self.stack.get_stamp() != self.stack.stamp
         if deployed or deploying:
@@ -2036,7 +2037,7 @@ class _Watch:
         """Remember a repair: the next one of the same may have to wait."""
         streak, now, done = action.streak, self.clock(), action.verb.value
         if action.verb in _UP:
-            self.declared = set()  # it may be declared in another way by now
+            self.declared = {action.service}  # no id: it may be declared in another way by now
         if error is None:
             logger.info('%s: %s -> %s (%.2f s)', action.label, action.cause, done, now - began)
             failures, ill = 0, action.cause == 'unhealthy'
@@ -2184,14 +2185,17 @@ def _supervise(stack: _Stack) -> Iterator[UpFlag]:
     watcher = _make_watcher(stack, begun)
     with _handling(signals):
         try:
-            with _deaf_after():
+            try:
                 _bring_up(stack, start)
                 watcher.start()
                 _wait(begun)  # a fork amid the body's own subprocesses would hold their pipes open
                 stack.notify('READY=1')
                 yield UP_FLAG
                 failed = False
-        finally:  # around that, for a signal may still come at its end
+            finally:
+                _go_deaf(owner)
+        finally:
+            _go_deaf(owner)  # again, for a signal may have come before that
             if os.getpid() == owner:
                 # Again: the body may have changed the handlers, as asyncio does.
                 with _handling(signals), contextlib.closing(stack):
@@ -2258,16 +2262,10 @@ class _Signals:
     noted: List[int] = []  # signals that came while deaf
 
 
-@contextlib.contextmanager
-def _deaf_after() -> Iterator[None]:
-    """From the end of the block on, only note the signals that the main thread gets."""
-    owner = os.getpid()
-    try:
-        yield
-    finally:
-        in_main_thread = threading.current_thread() is threading.main_thread()
-        if in_main_thread and os.getpid() == owner:
-            _Signals.deaf_until = math.inf
+def _go_deaf(owner: int) -> None:
+    """From here on, only note the signals that the main thread of process *owner* gets."""
+    if os.getpid() == owner and threading.current_thread() is threading.main_thread():
+        _Signals.deaf_until = math.inf
 
 
 def flask_exit(signum: Optional[int] = None, frame: Any = None) -> None:
