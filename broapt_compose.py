@@ -29,6 +29,7 @@ import enum
 import functools
 import importlib
 import io
+import itertools
 import json
 import logging
 import math
@@ -472,8 +473,7 @@ UP_FLAG = UpFlag()
 
 
 # -- processes -------------------------------------------------------------------------------------
-# Bytes that a command writes; of more, the end is kept.
-_OUTPUT_LIMIT, _ERROR_LIMIT = 1 << 22, 1 << 16
+_OUTPUT_LIMIT = 1 << 22  # bytes that a command writes; of more, the end is kept
 # The shell kills the command's process group once our end of the socket is closed, by us or by our
 # death, and tells the exit code, which waitpid() doesn't where SIGCHLD is ignored or others reap.
 _GUARD = 'exec 3<&0; (read -r _ <&3; kill -9 0) >/dev/null 2>&1 & "$@" <{} 3<&-; echo $? >&3'
@@ -487,12 +487,35 @@ class _Place(NamedTuple):
 
     def get_environment(self) -> Dict[str, str]:
         """Return the whole environment."""
-        whole = dict(os.environ)
+        whole = {**os.environ, **self.environment}
         if getattr(sys, 'frozen', False):  # PyInstaller's library path is not for Docker
             whole.pop('LD_LIBRARY_PATH', None)
             if 'LD_LIBRARY_PATH_ORIG' in whole:
                 whole['LD_LIBRARY_PATH'] = whole['LD_LIBRARY_PATH_ORIG']
-        return {**whole, **self.environment}
+        return whole
+
+
+def _explain(error: Exception) -> str:
+    """Return why something failed, in one phrase."""
+    return getattr(error, 'strerror', '') or str(error) or type(error).__name__
+
+
+def _count_down(limit: float) -> Iterator[float]:
+    """Give how long to wait next, until *limit* seconds are over; being stopped doesn't count.
+
+    In steps, as who was stopped while he waited has to look again: meanwhile data may have come.
+    """
+    longest = min(1.0, limit / 8)
+    while limit > 0:
+        step, began = min(limit, longest), time.monotonic()
+        yield step
+        limit -= min(step, time.monotonic() - began)
+
+
+def _cut(sock: socket.socket) -> None:
+    """Wake whoever waits at either end: nothing more will come."""
+    with contextlib.suppress(OSError):
+        sock.shutdown(socket.SHUT_RDWR)
 
 
 class _Process:
@@ -507,28 +530,25 @@ class _Process:
         self.lifeline, theirs = socket.socketpair()
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # till it has its session
         try:
-            self.popen = subprocess.Popen(
-                ['/bin/sh', '-c', guard, 'sh', *command],
-                cwd=place.folder if os.path.isdir(place.folder) else '/',  # it may be gone
-                env=place.get_environment(),
-                start_new_session=True,
-                stdin=theirs.fileno(),
-                stdout=subprocess.PIPE if peer is None else peer.fileno(),
-                stderr=subprocess.PIPE,
-            )
+            with theirs:
+                self.popen = subprocess.Popen(
+                    ['/bin/sh', '-c', guard, 'sh', *command],
+                    cwd=place.folder if os.path.isdir(place.folder) else '/',  # it may be gone
+                    env=place.get_environment(),
+                    start_new_session=True,
+                    stdin=theirs.fileno(),
+                    stdout=peer.fileno() if peer else subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                )
         except (OSError, ValueError) as error:
             self.lifeline.close()
-            raise ComposeError(
-                command, None, '', getattr(error, 'strerror', '') or str(error)
-            ) from None
+            raise ComposeError(command, None, '', _explain(error)) from None
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-            theirs.close()
 
     def kill(self) -> None:
         """Kill it with its whole group."""
-        with contextlib.suppress(OSError):
-            self.lifeline.shutdown(socket.SHUT_RDWR)
+        _cut(self.lifeline)
 
     def close(self) -> None:
         """Kill what is left of it, and free what it holds."""
@@ -540,25 +560,23 @@ class _Process:
             self.popen.wait(1)
 
     def read(
-        self, limit: float, show: Optional[Callable[[bytes], Any]]
+        self, limit: float, show: Optional[Callable[[bytes], Any]] = None
     ) -> Tuple[Optional[int], str, str]:
         """Return its exit code (None: not within *limit* seconds), output and errors.
 
         *show* gets both as they come.
         """
-        output, errors, code = bytearray(), bytearray(), bytearray()
-        ends: Any = {self.popen.stdout: output, self.popen.stderr: errors, self.lifeline: code}
-        step = min(1.0, limit / 8)
+        code, output, errors = bytearray(), bytearray(), bytearray()
+        ends: Any = {self.lifeline: code, self.popen.stdout: output, self.popen.stderr: errors}
         with selectors.DefaultSelector() as selector:
-            for end, buffer in ends.items():
-                selector.register(end, selectors.EVENT_READ, buffer)
-            while selector.get_map() and limit > 0:
-                began = time.monotonic()
-                # In steps, and looking again: while we are stopped, time passes and data comes.
-                ready = selector.select(step) or selector.select(0)
-                limit -= min(step, time.monotonic() - began)
-                if not ready and code:
-                    break  # it has ended, but something that it left behind holds its pipes
+            for end in filter(None, ends):
+                selector.register(end, selectors.EVENT_READ, ends[end])
+            for step in _count_down(limit):
+                # Once it has ended, all is there; something that it left behind may hold its pipes.
+                ended = self.lifeline not in selector.get_map()
+                ready = selector.select(0 if ended else step)
+                if ended and not ready:
+                    break
                 for key, _ in ready:
                     chunk = os.read(key.fd, 1 << 16)
                     if not chunk or key.data is code:
@@ -566,7 +584,7 @@ class _Process:
                     elif show is not None:
                         show(chunk)
                     key.data.extend(chunk)
-                    del key.data[: -(_OUTPUT_LIMIT if key.data is output else _ERROR_LIMIT)]
+                    del key.data[:-_OUTPUT_LIMIT]
         texts = [buffer.decode('utf-8', 'replace') for buffer in (output, errors)]
         return int(code) if code else None, texts[0], texts[1]
 
@@ -575,7 +593,7 @@ def _run(
     command: Sequence[str],
     limit: float,
     place: _Place,
-    flag: Optional[UpFlag] = None,
+    flag: UpFlag,
     show: Optional[Callable[[bytes], Any]] = None,
 ) -> str:
     """Return what *command* wrote to standard output.
@@ -583,7 +601,6 @@ def _run(
     Raises ComposeError if it can't be started, fails, or lasts longer than *limit* seconds;
     _Cancelled if *flag* is lowered.
     """
-    flag = flag or UpFlag()
     flag.check()
     with contextlib.closing(_Process(command, place)) as process, flag.when_lowered(process.kill):
         code, output, errors = process.read(limit, show)
@@ -595,39 +612,24 @@ def _run(
 
 # -- the engine ------------------------------------------------------------------------------------
 class _Socket(socket.socket):
-    """A socket with one deadline for all that it receives; being stopped doesn't count."""
+    """A socket with one deadline for all that it receives."""
 
-    left = math.inf  # seconds
+    steps: Iterator[Optional[float]]  # how long to wait next
     dialer: Optional[_Process] = None  # what connects it with the engine
 
     def recv_into(self, *arguments: Any) -> int:
         """Receive as usual; raises socket.timeout when no time is left."""
-        while True:
-            step, began = min(self.left, 1.0), time.monotonic()
-            self.settimeout(None if self.left == math.inf else max(step, 0.001))
-            try:
+        for step in self.steps:
+            self.settimeout(step)
+            with contextlib.suppress(socket.timeout):
                 return super().recv_into(*arguments)
-            except socket.timeout:
-                if self.left <= step:
-                    raise
-            finally:
-                self.left -= min(step, time.monotonic() - began)
+        raise socket.timeout
 
     def is_idle(self) -> bool:
         """Tell whether the other end keeps the connection and has nothing to say."""
-        self.settimeout(0)
-        try:
-            self.recv(1, socket.MSG_PEEK)
-        except BlockingIOError:
-            return True
-        except OSError:
-            pass
-        return False
-
-    def cut(self) -> None:
-        """Wake whoever waits for an answer: there will be none."""
-        with contextlib.suppress(OSError):
-            self.shutdown(socket.SHUT_RDWR)
+        poll = select.poll()
+        poll.register(self, select.POLLIN)
+        return not poll.poll(0)
 
     def release(self) -> None:
         """Close it, and end what connects it."""
@@ -650,7 +652,7 @@ class _Engine:
         self.turns = [threading.Semaphore(64 if self.path else 4) for _ in range(2)]
         self.kept: List[_Socket] = []
         self.stream: Optional[_Socket] = None  # the one that events come from
-        self.date = self.version = ''  # the engine's clock and API version, as told last
+        self.date = ''  # the engine's clock, as told last
 
     def request(
         self, method: str, path: str, limit: float = 0.0, absent: Sequence[int] = (), **query: Any
@@ -664,7 +666,6 @@ class _Engine:
         with turn, self.ask(method, path, limit or self.limit, query) as (_, answer):
             body = answer.read().decode('utf-8', 'replace')
             self.date = answer.getheader('Date', self.date)
-            self.version = answer.getheader('Api-Version', self.version)
             content = json.loads(body) if body.strip() and answer.status < 400 else None
         if answer.status >= 400 and answer.status not in absent:
             raise ComposeError((method, path), answer.status, _read_message(body))
@@ -673,10 +674,10 @@ class _Engine:
     def follow(self, **query: Any) -> Iterator[Any]:
         """Give None once the stream is open, then each event until the end, or that of the flag."""
         with self.ask('GET', '/events', self.limit, query) as (sock, answer):
-            sock.left, self.stream = math.inf, sock
+            sock.steps, self.stream = itertools.repeat(None), sock
             yield None
             for line in iter(answer.readline, b''):
-                yield json.loads(line.decode('utf-8', 'replace'))
+                yield json.loads(line)
 
     def get_time(self) -> float:
         """Return the engine's clock at its last answer, in seconds since 1970."""
@@ -694,7 +695,7 @@ class _Engine:
     def cut_stream(self) -> None:
         """End the stream of events: it has missed one."""
         if self.stream is not None:
-            self.stream.cut()
+            _cut(self.stream)
 
     @contextlib.contextmanager
     def ask(self, method: str, path: str, limit: float, query: Mapping[str, Any]) -> Iterator[Any]:
@@ -704,24 +705,23 @@ class _Engine:
 
         self.flag.check()
         connection = http.client.HTTPConnection('localhost')
-        connection.auto_open = 0
-        sock, keep = None, False
+        sock: Optional[_Socket] = None  # as long as it is for us to release
         try:
             sock = connection.sock = self._connect()
-            sock.left = limit
-            with self.flag.when_lowered(sock.cut):
+            sock.steps = _count_down(limit)
+            with self.flag.when_lowered(functools.partial(_cut, sock)):
                 connection.request(method, f'{path}?{urllib.parse.urlencode(query)}')
                 answer = connection.getresponse()
                 yield sock, answer
-            keep = not self.path and answer.isclosed() and not answer.will_close
+            if not self.path and answer.isclosed() and not answer.will_close:
+                self.kept.append(sock)
+                sock = None
         except (OSError, ValueError, http.client.HTTPException) as error:
             self.flag.check()
-            reason = _explain(error, sock, limit)
+            reason = _find_trouble(error, sock, limit)
             raise ComposeError((method, path), None, '', reason) from None
         finally:
-            if keep and sock is not None:
-                self.kept.append(sock)
-            elif sock is not None:
+            if sock is not None:
                 sock.release()
 
     def _connect(self) -> _Socket:
@@ -730,22 +730,21 @@ class _Engine:
             with contextlib.suppress(IndexError):  # another thread was faster
                 sock = self.kept.pop()
                 if sock.is_idle():
-                    sock.settimeout(self.limit)
                     return sock
                 sock.release()
-        if not self.path:
+        if self.path:
+            sock = _Socket(socket.AF_UNIX)
+            try:
+                sock.settimeout(self.limit)
+                sock.connect(self.path)
+            except OSError:
+                sock.close()
+                raise
+        else:
             ours, theirs = socket.socketpair()
             with theirs:
-                sock = _Socket(ours.family, ours.type, fileno=ours.detach())
+                sock = _Socket(socket.AF_UNIX, fileno=ours.detach())
                 sock.dialer = self.dial(theirs)
-                return sock
-        sock = _Socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            sock.settimeout(self.limit)
-            sock.connect(self.path)
-        except OSError:
-            sock.close()
-            raise
         return sock
 
 
@@ -757,19 +756,17 @@ def _read_message(body: str) -> str:
         return body
 
 
-def _explain(error: Exception, sock: Optional[_Socket], limit: float) -> str:
+def _find_trouble(error: Exception, sock: Optional[_Socket], limit: float) -> str:
     """Return why there was no answer, in one phrase; what should have connected us knows best."""
     if isinstance(error, socket.timeout):
         return f'no answer within {limit:g} s'
     if isinstance(error, ValueError):
         return f'its answer is not understood: {error}'
     if sock is not None and sock.dialer is not None:
-        pipe: Any = sock.dialer.popen.stderr
-        os.set_blocking(pipe.fileno(), False)
-        told = (pipe.read() or b'').decode('utf-8', 'replace')
+        _, _, told = sock.dialer.read(0.1)
         if told.strip():
             return _find_reason(told)
-    return getattr(error, 'strerror', '') or str(error) or type(error).__name__
+    return _explain(error)
 
 
 # -- records ---------------------------------------------------------------------------------------

@@ -1637,7 +1637,7 @@ def place(tmp_path):
 def run(place, code, *arguments, **kwargs):
     """Run a shell script as the module runs commands."""
     command = ('/bin/sh', '-c', code, 'sh', *map(str, arguments))
-    return bc._run(command, kwargs.pop('limit', 60), place, **kwargs)
+    return bc._run(command, kwargs.pop('limit', 60), place, **{'flag': bc.UpFlag(), **kwargs})
 
 
 LINGER = 'sleep 600 & echo $! >child; '  # a child that holds the pipes
@@ -1697,9 +1697,9 @@ def test_command_that_cannot_be_started_is_an_error_like_any_other(place):
     odd.write_text('')
     for command, why in (('/none', '127.*not found'), (str(odd), '126.*ermission denied')):
         with pytest.raises(ComposeError, match=why):
-            bc._run((command,), 20, place)
+            bc._run((command,), 20, place, bc.UpFlag())
     with pytest.raises(ComposeError, match='null'):
-        bc._run(('docker', '\0'), 20, place)
+        bc._run(('docker', '\0'), 20, place, bc.UpFlag())
 
 
 def test_command_is_cancelled_at_once_when_the_flag_is_lowered(place):
@@ -1776,7 +1776,8 @@ IGNORED = """
         threading.Thread(target=reap, daemon=True).start()
     for code in (0, 3):
         try:
-            print(bc._run(['/bin/sh', '-c', 'echo out; exit %d' % code], 20, bc._Place('/', {})))
+            command = ['/bin/sh', '-c', 'echo out; exit %d' % code]
+            print(bc._run(command, 20, bc._Place('/', {}), bc.UP_FLAG))
         except bc.ComposeError as error:
             print(error.returncode)
 """
@@ -1794,7 +1795,7 @@ SUSPENDED = """
         print('begun', flush=True)
     code = 'echo begun; read line <fifo; ' + sys.argv[1]
     try:
-        text = bc._run(['/bin/sh', '-c', code], 1, bc._Place('.', {}), show=show)
+        text = bc._run(['/bin/sh', '-c', code], 1, bc._Place('.', {}), bc.UP_FLAG, show)
         print(len(text))
     except bc.ComposeError as error:
         print(error)
@@ -1822,7 +1823,7 @@ def test_killed_process_leaves_no_command_behind(tmp_path):
         import broapt_compose as bc
         code = 'sleep 600 & echo $!; echo $$; trap "" TERM HUP; sleep 600'
         show = lambda chunk: print(chunk.decode(), end='', flush=True)
-        bc._run(['/bin/sh', '-c', code], 600, bc._Place('/', {}), show=show)
+        bc._run(['/bin/sh', '-c', code], 600, bc._Place('/', {}), bc.UP_FLAG, show)
     """
     with script(code) as host:
         pids = [int(host.stdout.readline()) for _ in range(2)]
