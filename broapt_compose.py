@@ -784,7 +784,8 @@ class State(enum.Enum):
 
 _PODMAN_STATES = {'stopped': 'exited', 'stopping': 'removing', 'initialized': 'created'}
 _ALIVE = (State.RUNNING, State.PAUSED, State.RESTARTING)
-_ENDED = (State.EXITED, State.DEAD, State.RESTARTING, State.REMOVING)
+_NOT_ENDED = (State.CREATED, State.RUNNING, State.PAUSED)
+_LABEL = 'labelled broapt.watch=false'
 
 
 class Container(NamedTuple):
@@ -803,7 +804,7 @@ class Container(NamedTuple):
     networks: Mapping[str, str] = {}  # name -> id; name -> name if it was never connected
     owners: Mapping[str, str] = {}  # id or name of a container -> its namespace that this shares
     lost: str = ''  # what it was made for and is gone, so that it can never start again
-    watched: bool = True  # False if labelled broapt.watch=false
+    left: str = ''  # why it is left alone; '': it is not
     folder: str = ''  # of the Compose file that made it
 
     @property
@@ -816,8 +817,7 @@ class Container(NamedTuple):
         """The state in words, such as 'exited (137, out of memory)' or 'unhealthy'."""
         if self.state is State.RUNNING and self.health == 'unhealthy':
             return 'unhealthy'
-        told = [str(self.exit_code)] if self.exit_code is not None else []
-        told += [self.note] if self.note else []
+        told = [str(word) for word in (self.exit_code, self.note) if word not in (None, '')]
         return f'{self.state.value} ({", ".join(told)})' if told else self.state.value
 
 
@@ -840,31 +840,37 @@ def _read_container(entry: Mapping[str, Any], details: Mapping[str, Any]) -> Con
     """Return a container as the engine's list and its answer to inspect (may be empty) show it."""
     labels, names = entry['Labels'], entry['Names'] or [entry['Id']]
     found: Mapping[str, Any] = details.get('State', {})
-    host = {**entry.get('HostConfig', {}), **details.get('HostConfig', {})}
-    config = details.get('Config', {})
     word = found.get('Status', entry['State'])
     state = State(_PODMAN_STATES.get(word, word))
-    grace = config.get('StopTimeout') if 'HostConfig' in entry else None  # podman: always 0
-    networks = entry['NetworkSettings']['Networks'] or {}
-    modes = {
-        kind: (host.get(key) or '').partition('container:')[2] for kind, key in _NAMESPACES.items()
+    # The list of podman lacks this, and its time to stop is always 0.
+    config = details.get('Config', {}) if 'HostConfig' in entry else {}
+    host = details.get('HostConfig', entry.get('HostConfig', {}))
+    owners = {
+        host.get(key, '').partition('container:')[2]: kind for kind, key in _NAMESPACES.items()
     }
+    owners.pop('', None)
+    networks = entry['NetworkSettings']['Networks'] or {}
     return Container(
         id=entry['Id'],
         name=min(names, key=lambda name: name.count('/')).lstrip('/'),  # not the alias of a link
         service=labels['com.docker.compose.service'],
         number=labels.get('com.docker.compose.container-number', ''),
         state=state,
-        exit_code=found.get('ExitCode') if state in _ENDED else None,
+        exit_code=None if state in _NOT_ENDED else found.get('ExitCode'),
         note='out of memory' if found.get('OOMKilled') else found.get('Error', ''),
         health=_read_health(found.get('Health') or {}) if state in _ALIVE else '',
         since=_read_time(found.get('StartedAt' if state in _ALIVE else 'FinishedAt', '')),
-        grace=_DEFAULT_GRACE if grace is None else float(grace),
+        grace=float(config.get('StopTimeout', _DEFAULT_GRACE)),
         networks={name: network.get('NetworkID') or name for name, network in networks.items()},
-        owners={owner: kind for kind, owner in modes.items() if owner},
-        watched=labels.get('broapt.watch', '').lower() != 'false',
+        owners=owners,
+        left=_read_left(labels),
         folder=labels.get('com.docker.compose.project.working_dir', ''),
     )
+
+
+def _read_left(labels: Mapping[str, Any]) -> str:
+    """Return why a container, or a service, with these labels is left alone; '': it is not."""
+    return _LABEL if str(labels.get('broapt.watch')).lower() == 'false' else ''
 
 
 def _read_health(health: Mapping[str, Any]) -> str:
@@ -876,12 +882,13 @@ def _read_health(health: Mapping[str, Any]) -> str:
 
 def _read_time(text: str) -> float:
     """Return the seconds since 1970 of a time such as 2026-11-25T13:41:31.967303858Z."""
-    found = re.fullmatch(r'(\d{4}.{15})(\.\d+)?(Z|[+-]\d\d:\d\d)', text)
+    found = re.fullmatch(r'(.{19})(\.\d+)?(Z|.{6})', text)
     if not found:
         return 0.0
-    zone = found.group(3).replace('Z', '+00:00').replace(':', '')
-    moment = datetime.datetime.strptime(found.group(1) + zone, '%Y-%m-%dT%H:%M:%S%z')
-    return max(0.0, moment.timestamp()) + float(found.group(2) or 0)
+    second, fraction, zone = found.groups('0')
+    zone = zone.replace('Z', '+0000').replace(':', '')  # as Python 3.6 wants it
+    moment = datetime.datetime.strptime(second + zone, '%Y-%m-%dT%H:%M:%S%z')
+    return max(0.0, moment.timestamp()) + float(fraction)
 
 
 def _read_services(
@@ -892,37 +899,34 @@ def _read_services(
     *profiles*: those of 1.x that are on, since it prints what is off, too.
     """
     declared = config['services'].items()
-    names = {own.get('container_name') or f'{project}-{name}-1': name for name, own in declared}
+    names = {}
+    for name, own in declared:
+        names['container:' + own.get('container_name', f'{project}-{name}-1')] = name
     return {name: _read_service(own, names, profiles) for name, own in declared}
 
 
 def _read_service(
     own: Mapping[str, Any], names: Mapping[str, str], profiles: Optional[Set[str]]
 ) -> Service:
-    """Return a service; *names*: of containers -> their services."""
-    scale = own.get('scale', (own.get('deploy') or {}).get('replicas'))
-    scale = 1 if scale is None else int(scale)
-    if profiles is not None and 'profiles' in own and profiles.isdisjoint(own['profiles']):
-        scale = 0
-    owners = []
-    for mode in ('network_mode', 'pid', 'ipc'):
-        kind, _, owner = (own.get(mode) or '').partition(':')
-        owners.append({'service': owner, 'container': names.get(owner, '')}.get(kind, ''))
+    """Return a service; *names*: 'container:' and the name of one -> its service."""
+    provided = 'provider' in own
+    off = profiles is not None and 'profiles' in own and profiles.isdisjoint(own['profiles'])
+    scale = own.get('scale', own.get('deploy', {}).get('replicas', 1))
+    modes = [own.get(key, '') for key in ('network_mode', 'pid', 'ipc')]
+    owners = [names.get(mode) or mode.partition('service:')[2] for mode in modes]
     depends_on = {}
-    for other, needed in (own.get('depends_on') or {}).items():
-        if needed and needed.get('required', True):
+    for other, needed in own.get('depends_on', {}).items():
+        if needed.get('required', True):
             depends_on[other] = needed.get('condition', '')
-    watch = str((own.get('labels') or {}).get('broapt.watch'))
     return Service(
-        scale=0 if 'provider' in own else scale,
-        left=_LABEL if watch.lower() == 'false' else '',
+        scale=0 if off or provided else int(scale),
+        left=_read_left(own.get('labels', {})),
         owners=tuple(filter(None, owners)),
         depends_on=depends_on,
-        provided='provider' in own,
+        provided=provided,
     )
 
 
-_LABEL = 'labelled broapt.watch=false'
 _YAML_LINE = re.compile(r'( *)(?:- (.+)|(\'.*?\'|".*?"|[^\s\'"-].*?):(?: (.*))?)')
 
 
@@ -936,15 +940,13 @@ def _parse_yaml(text: str) -> Dict[str, Any]:
     text = re.sub(r'(?m)^( *)\? (.+)\n\1: ', r'\1\2:\n\1  ', text)  # how long keys are printed
     for found in filter(None, map(_YAML_LINE.fullmatch, text.splitlines())):
         indent, item, key, value = found.groups()
-        depth = len(indent) // 2 + (1 if item else 0)
+        depth = len(indent) // 2 + bool(item)
         if depth < len(levels):
             del levels[depth + 1 :]
-            child: Dict[str, Any] = {}
-            levels[depth][(item or key).strip('\'"')] = (
-                child if value in (None, '', '{}') else value.strip('\'"')
-            )
-            if value in (None, ''):
-                levels.append(child)
+            entry: Any = {} if value in (None, '', '{}') else value.strip('\'"')
+            levels[depth][(item or key).strip('\'"')] = entry
+            if entry == {}:
+                levels.append(entry)
     return root
 
 
@@ -1056,7 +1058,7 @@ def decide(
 def _find_faults(own: Containers, services: Services, settings: Settings) -> Iterator[Action]:
     for container in own:
         verb, cause, why = _judge(container, own, services, settings)
-        left = services[container.service].left if container.watched else _LABEL
+        left = container.left or services[container.service].left
         if verb is not None:
             yield _make_action(verb, container.service, container, cause, left, why)
     for name, service in services.items():
@@ -1134,7 +1136,7 @@ def _judge_surroundings(
             if name not in (owner.id, owner.name):
                 continue
             if owner.state not in (State.RUNNING, State.PAUSED):
-                unwatched = services[owner.service].left or not owner.watched
+                unwatched = services[owner.service].left or owner.left
                 also = ' and not watched' if unwatched else ''
                 return Verb.RESTART, container.condition, f"its {kind}'s owner is not running{also}"
             if container.state is State.RUNNING and owner.since > container.since > 0:
@@ -1608,7 +1610,7 @@ class _Stack:
         left = {name for name, service in services.items() if service.left not in ('', _LABEL)}
         for container in before:
             service = services.get(container.service, Service())
-            if container.state is State.PAUSED and (service.left or not container.watched):
+            if container.state is State.PAUSED and (service.left or container.left):
                 left.add(container.service)  # nor can it start that
         return left & services.keys()
 
@@ -2570,7 +2572,7 @@ def _make_row(container: Container, actions: Sequence[Action], now: float) -> Di
         'state': container.condition,
         'health': container.health,
         'since': _describe_age(age) if container.since else '',
-        'watched': container.watched,
+        'watched': not container.left,
         'fault': any(action.wanted for action in actions),
         'note': '; '.join(action.plan for action in actions),
     }

@@ -2343,7 +2343,7 @@ def test_name_is_the_containers_own_and_not_one_that_a_link_gave_it():
 @pytest.mark.parametrize('text, watched', [('false', False), ('False', False), ('true', True)])
 def test_label_switches_the_watching_off(text, watched):
     labels = dict(entry()['Labels'], **{'broapt.watch': text})
-    assert bc._read_container(entry(Labels=labels), {}).watched is watched
+    assert (not bc._read_container(entry(Labels=labels), {}).left) is watched
 
 
 def test_state_that_nobody_knows_is_refused(world):
@@ -2435,6 +2435,7 @@ SERVICES = {
 NOW = 5000.0
 LOST = 'the container whose network it shares'
 HELD = 'on hold until 14:30'
+LABELLED = 'labelled broapt.watch=false'
 OWNER = "its network's owner is not running"
 LEFT_OVER = 'left over from an interrupted recreate: it will not be touched'
 AFTER = 'its {} is gone: core was started after it'
@@ -2603,9 +2604,9 @@ ROWS = [
     ),
     (
         'stopped side of a stopped core that nobody watches says so',
-        {'core': make(state='exited', watched=False), 'side': make('side', 'exited', **SIDE)},
+        {'core': make(state='exited', left=LABELLED), 'side': make('side', 'exited', **SIDE)},
         [
-            '(leave core: exited (137): labelled broapt.watch=false)',
+            '(leave core: exited (137): ' + LABELLED + ')',
             'leave side: exited (137): ' + OWNER + ' and not watched',
         ],
     ),
@@ -2637,8 +2638,8 @@ ROWS = [
     ),
     (
         'db labelled broapt.watch=false is never touched',
-        {'db': make('db', 'exited', watched=False)},
-        ['(leave db: exited (137): labelled broapt.watch=false)'],
+        {'db': make('db', 'exited', left=LABELLED)},
+        ['(leave db: exited (137): ' + LABELLED + ')'],
     ),
     ('what the file does not declare is never touched', {'old': make('old', 'exited')}, []),
     (
@@ -2832,7 +2833,7 @@ def draw_containers(rng):
             fields = {
                 'id': '{}-{}'.format(name, rng.random()),
                 'number': str(rng.choice([number, 0]) + 1),
-                'watched': rng.random() < 0.8,
+                'left': '' if rng.random() < 0.8 else LABELLED,
                 'health': rng.choice(['', 'healthy', 'unhealthy']),
                 'lost': rng.choice(['', '', '', 'its network x']),
                 'exit_code': rng.choice([None, 0, 1]),
@@ -2877,7 +2878,7 @@ def check_action(action, services, history, settings):
     at_once = action.key in history.crashed or action.cause == 'unhealthy'
     assert at_once or action.due >= action.since + settings.settle, 'never before settle'
     if action.container:
-        assert action.container.watched
+        assert not action.container.left
         assert action.container.state not in (State.RESTARTING, State.REMOVING)
 
 
