@@ -497,7 +497,7 @@ class _Place(NamedTuple):
 
 def _explain(error: Exception) -> str:
     """Return why something failed, in one phrase."""
-    return getattr(error, 'strerror', '') or str(error) or type(error).__name__
+    return getattr(error, 'strerror', '') or str(error)
 
 
 def _count_down(limit: float) -> Iterator[float]:
@@ -554,7 +554,7 @@ class _Process:
         """Kill what is left of it, and free what it holds."""
         self.kill()
         for end in (self.lifeline, self.popen.stdout, self.popen.stderr):
-            if end is not None:
+            if end:
                 end.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.popen.wait(1)
@@ -581,12 +581,15 @@ class _Process:
                     chunk = os.read(key.fd, 1 << 16)
                     if not chunk or key.data is code:
                         selector.unregister(key.fileobj)
-                    elif show is not None:
+                    elif show:
                         show(chunk)
                     key.data.extend(chunk)
                     del key.data[:-_OUTPUT_LIMIT]
-        texts = [buffer.decode('utf-8', 'replace') for buffer in (output, errors)]
-        return int(code) if code else None, texts[0], texts[1]
+        return (
+            int(code) if code else None,
+            output.decode('utf-8', 'replace'),
+            errors.decode('utf-8', 'replace'),
+        )
 
 
 def _run(
@@ -634,7 +637,7 @@ class _Socket(socket.socket):
     def release(self) -> None:
         """Close it, and end what connects it."""
         self.close()
-        if self.dialer is not None:
+        if self.dialer:
             self.dialer.close()
 
 
@@ -676,7 +679,7 @@ class _Engine:
         with self.ask('GET', '/events', self.limit, query) as (sock, answer):
             sock.steps, self.stream = itertools.repeat(None), sock
             yield None
-            for line in iter(answer.readline, b''):
+            for line in answer:
                 yield json.loads(line)
 
     def get_time(self) -> float:
@@ -694,7 +697,7 @@ class _Engine:
 
     def cut_stream(self) -> None:
         """End the stream of events: it has missed one."""
-        if self.stream is not None:
+        if self.stream:
             _cut(self.stream)
 
     @contextlib.contextmanager
@@ -721,7 +724,7 @@ class _Engine:
             reason = _find_trouble(error, sock, limit)
             raise ComposeError((method, path), None, '', reason) from None
         finally:
-            if sock is not None:
+            if sock:
                 sock.release()
 
     def _connect(self) -> _Socket:
@@ -762,8 +765,8 @@ def _find_trouble(error: Exception, sock: Optional[_Socket], limit: float) -> st
         return f'no answer within {limit:g} s'
     if isinstance(error, ValueError):
         return f'its answer is not understood: {error}'
-    if sock is not None and sock.dialer is not None:
-        _, _, told = sock.dialer.read(0.1)
+    if sock and sock.dialer:
+        told = sock.dialer.read(0.1)[2]
         if told.strip():
             return _find_reason(told)
     return _explain(error)
