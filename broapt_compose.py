@@ -784,10 +784,18 @@ class State(enum.Enum):
     EXITED = 'exited'
     DEAD = 'dead'
 
+    @property
+    def alive(self) -> bool:
+        """Whether it has processes, or will soon have some again."""
+        return self in (State.RUNNING, State.PAUSED, State.RESTARTING)
+
+    @property
+    def ended(self) -> bool:
+        """Whether its process has ended, so that there is an exit code."""
+        return self not in (State.CREATED, State.RUNNING, State.PAUSED)
+
 
 _PODMAN_STATES = {'stopped': 'exited', 'stopping': 'removing', 'initialized': 'created'}
-_ALIVE = (State.RUNNING, State.PAUSED, State.RESTARTING)
-_NOT_ENDED = (State.CREATED, State.RUNNING, State.PAUSED)
 _LABEL = 'labelled broapt.watch=false'
 
 
@@ -859,10 +867,10 @@ def _read_container(entry: Mapping[str, Any], details: Mapping[str, Any]) -> Con
         service=labels['com.docker.compose.service'],
         number=labels.get('com.docker.compose.container-number', ''),
         state=state,
-        exit_code=None if state in _NOT_ENDED else found.get('ExitCode'),
+        exit_code=found.get('ExitCode') if state.ended else None,
         note='out of memory' if found.get('OOMKilled') else found.get('Error', ''),
-        health=_read_health(found.get('Health') or {}) if state in _ALIVE else '',
-        since=_read_time(found.get('StartedAt' if state in _ALIVE else 'FinishedAt', '')),
+        health=_read_health(found.get('Health') or {}) if state.alive else '',
+        since=_read_time(found.get('StartedAt' if state.alive else 'FinishedAt', '')),
         grace=float(config.get('StopTimeout', _DEFAULT_GRACE)),
         networks={name: network.get('NetworkID') or name for name, network in networks.items()},
         owners=owners,
@@ -1122,7 +1130,7 @@ def _is_being_replaced(container: Container, own: Containers) -> bool:
     an older one runs.
     """
     twins = [c for c in own if (c.service, c.number) == (container.service, container.number)]
-    return twins[0] is not container or any(c.state in _ALIVE for c in twins[1:])
+    return twins[0] is not container or any(c.state.alive for c in twins[1:])
 
 
 def _judge_surroundings(
@@ -1495,7 +1503,7 @@ class _Stack:
         found = []
         for container in containers:
             lost = ''
-            if container.networks and container.state not in _ALIVE:
+            if container.networks and not container.state.alive:
                 if networks is None:
                     listed = self._list('/networks')
                     networks = {n['Id'] for n in listed} | {n['Name'] for n in listed}
@@ -1638,14 +1646,14 @@ class _Stack:
             threading.Event().wait(1.0)  # the engine still ends what it was asked for
         try:
             replaced = {(c.service, c.number) for c in before}
-            idle = [c.id for c in before if c.state not in _ALIVE]
+            idle = [c.id for c in before if not c.state.alive]
             now = self.observe()
             made = [c for c in now if c.id not in there and (c.service, c.number) not in replaced]
             for container in made:
                 if container.state is not State.RUNNING or container.health == 'unhealthy':
                     self._show_log(container)
             _in_parallel(self.remove, made)
-            started = [c for c in now if c.id in idle and c.state in _ALIVE]
+            started = [c for c in now if c.id in idle and c.state.alive]
             _in_parallel(functools.partial(self.post, 'stop'), started)
             paused = [c.id for c in before if c.state is State.PAUSED]
             again = [c for c in now if c.id in paused and c.state is State.RUNNING]
@@ -1698,7 +1706,7 @@ class _Stack:
         for what in ('stop', 'kill'):
             try:
                 own = self.get_own(self.observe())
-                alive = [c for c in own if c.state in _ALIVE]
+                alive = [c for c in own if c.state.alive]
                 _in_parallel(functools.partial(self.post, what), alive)
                 break
             except ComposeError as error:
