@@ -562,10 +562,7 @@ class _Process:
     def read(
         self, limit: float, show: Optional[Callable[[bytes], Any]] = None
     ) -> Tuple[Optional[int], str, str]:
-        """Return its exit code (None: not within *limit* seconds), output and errors.
-
-        *show* gets both as they come.
-        """
+        """Return exit code (None: none in *limit* seconds), output, errors; *show* gets these."""
         code, output, errors = bytearray(), bytearray(), bytearray()
         ends: Any = {self.lifeline: code, self.popen.stdout: output, self.popen.stderr: errors}
         with selectors.DefaultSelector() as selector:
