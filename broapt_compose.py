@@ -29,6 +29,7 @@ import enum
 import functools
 import importlib
 import io
+import itertools
 import json
 import logging
 import math
@@ -472,8 +473,7 @@ UP_FLAG = UpFlag()
 
 
 # -- processes -------------------------------------------------------------------------------------
-# Bytes that a command writes; of more, the end is kept.
-_OUTPUT_LIMIT, _ERROR_LIMIT = 1 << 22, 1 << 16
+_OUTPUT_LIMIT = 1 << 22  # bytes that a command writes; of more, the end is kept
 # The shell kills the command's process group once our end of the socket is closed, by us or by our
 # death, and tells the exit code, which waitpid() doesn't where SIGCHLD is ignored or others reap.
 _GUARD = 'exec 3<&0; (read -r _ <&3; kill -9 0) >/dev/null 2>&1 & "$@" <{} 3<&-; echo $? >&3'
@@ -487,12 +487,35 @@ class _Place(NamedTuple):
 
     def get_environment(self) -> Dict[str, str]:
         """Return the whole environment."""
-        whole = dict(os.environ)
+        whole = {**os.environ, **self.environment}
         if getattr(sys, 'frozen', False):  # PyInstaller's library path is not for Docker
             whole.pop('LD_LIBRARY_PATH', None)
             if 'LD_LIBRARY_PATH_ORIG' in whole:
                 whole['LD_LIBRARY_PATH'] = whole['LD_LIBRARY_PATH_ORIG']
-        return {**whole, **self.environment}
+        return whole
+
+
+def _explain(error: Exception) -> str:
+    """Return why something failed, in one phrase."""
+    return getattr(error, 'strerror', '') or str(error)
+
+
+def _count_down(limit: float) -> Iterator[float]:
+    """Give how long to wait next, until *limit* seconds are over; being stopped doesn't count.
+
+    In steps, as who was stopped while he waited has to look again: meanwhile data may have come.
+    """
+    longest = min(1.0, limit / 8)
+    while limit > 0:
+        step, began = min(limit, longest), time.monotonic()
+        yield step
+        limit -= min(step, time.monotonic() - began)
+
+
+def _cut(sock: socket.socket) -> None:
+    """Wake whoever waits at either end: nothing more will come."""
+    with contextlib.suppress(OSError):
+        sock.shutdown(socket.SHUT_RDWR)
 
 
 class _Process:
@@ -507,75 +530,70 @@ class _Process:
         self.lifeline, theirs = socket.socketpair()
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # till it has its session
         try:
-            self.popen = subprocess.Popen(
-                ['/bin/sh', '-c', guard, 'sh', *command],
-                cwd=place.folder if os.path.isdir(place.folder) else '/',  # it may be gone
-                env=place.get_environment(),
-                start_new_session=True,
-                stdin=theirs.fileno(),
-                stdout=subprocess.PIPE if peer is None else peer.fileno(),
-                stderr=subprocess.PIPE,
-            )
+            with theirs:
+                self.popen = subprocess.Popen(
+                    ['/bin/sh', '-c', guard, 'sh', *command],
+                    cwd=place.folder if os.path.isdir(place.folder) else '/',  # it may be gone
+                    env=place.get_environment(),
+                    start_new_session=True,
+                    stdin=theirs.fileno(),
+                    stdout=peer.fileno() if peer else subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                )
         except (OSError, ValueError) as error:
             self.lifeline.close()
-            raise ComposeError(
-                command, None, '', getattr(error, 'strerror', '') or str(error)
-            ) from None
+            raise ComposeError(command, None, '', _explain(error)) from None
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-            theirs.close()
 
     def kill(self) -> None:
         """Kill it with its whole group."""
-        with contextlib.suppress(OSError):
-            self.lifeline.shutdown(socket.SHUT_RDWR)
+        _cut(self.lifeline)
 
     def close(self) -> None:
         """Kill what is left of it, and free what it holds."""
         self.kill()
         for end in (self.lifeline, self.popen.stdout, self.popen.stderr):
-            if end is not None:
+            if end:
                 end.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.popen.wait(1)
 
     def read(
-        self, limit: float, show: Optional[Callable[[bytes], Any]]
+        self, limit: float, show: Optional[Callable[[bytes], Any]] = None
     ) -> Tuple[Optional[int], str, str]:
-        """Return its exit code (None: not within *limit* seconds), output and errors.
-
-        *show* gets both as they come.
-        """
-        output, errors, code = bytearray(), bytearray(), bytearray()
-        ends: Any = {self.popen.stdout: output, self.popen.stderr: errors, self.lifeline: code}
-        step = min(1.0, limit / 8)
+        """Return exit code (None: none in *limit* seconds), output, errors; *show* gets these."""
+        code, output, errors = bytearray(), bytearray(), bytearray()
+        ends: Any = {self.lifeline: code, self.popen.stdout: output, self.popen.stderr: errors}
         with selectors.DefaultSelector() as selector:
-            for end, buffer in ends.items():
-                selector.register(end, selectors.EVENT_READ, buffer)
-            while selector.get_map() and limit > 0:
-                began = time.monotonic()
-                # In steps, and looking again: while we are stopped, time passes and data comes.
-                ready = selector.select(step) or selector.select(0)
-                limit -= min(step, time.monotonic() - began)
-                if not ready and code:
-                    break  # it has ended, but something that it left behind holds its pipes
+            for end in filter(None, ends):
+                selector.register(end, selectors.EVENT_READ, ends[end])
+            for step in _count_down(limit):
+                # Once it has ended, all is there; something that it left behind may hold its pipes.
+                ended = self.lifeline not in selector.get_map()
+                ready = selector.select(0 if ended else step)
+                if ended and not ready:
+                    break
                 for key, _ in ready:
                     chunk = os.read(key.fd, 1 << 16)
                     if not chunk or key.data is code:
                         selector.unregister(key.fileobj)
-                    elif show is not None:
+                    elif show:
                         show(chunk)
                     key.data.extend(chunk)
-                    del key.data[: -(_OUTPUT_LIMIT if key.data is output else _ERROR_LIMIT)]
-        texts = [buffer.decode('utf-8', 'replace') for buffer in (output, errors)]
-        return int(code) if code else None, texts[0], texts[1]
+                    del key.data[:-_OUTPUT_LIMIT]
+        return (
+            int(code) if code else None,
+            output.decode('utf-8', 'replace'),
+            errors.decode('utf-8', 'replace'),
+        )
 
 
 def _run(
     command: Sequence[str],
     limit: float,
     place: _Place,
-    flag: Optional[UpFlag] = None,
+    flag: UpFlag,
     show: Optional[Callable[[bytes], Any]] = None,
 ) -> str:
     """Return what *command* wrote to standard output.
@@ -583,7 +601,6 @@ def _run(
     Raises ComposeError if it can't be started, fails, or lasts longer than *limit* seconds;
     _Cancelled if *flag* is lowered.
     """
-    flag = flag or UpFlag()
     flag.check()
     with contextlib.closing(_Process(command, place)) as process, flag.when_lowered(process.kill):
         code, output, errors = process.read(limit, show)
@@ -595,44 +612,29 @@ def _run(
 
 # -- the engine ------------------------------------------------------------------------------------
 class _Socket(socket.socket):
-    """A socket with one deadline for all that it receives; being stopped doesn't count."""
+    """A socket with one deadline for all that it receives."""
 
-    left = math.inf  # seconds
+    steps: Iterator[Optional[float]]  # how long to wait next
     dialer: Optional[_Process] = None  # what connects it with the engine
 
     def recv_into(self, *arguments: Any) -> int:
         """Receive as usual; raises socket.timeout when no time is left."""
-        while True:
-            step, began = min(self.left, 1.0), time.monotonic()
-            self.settimeout(None if self.left == math.inf else max(step, 0.001))
-            try:
+        for step in self.steps:
+            self.settimeout(step)
+            with contextlib.suppress(socket.timeout):
                 return super().recv_into(*arguments)
-            except socket.timeout:
-                if self.left <= step:
-                    raise
-            finally:
-                self.left -= min(step, time.monotonic() - began)
+        raise socket.timeout
 
     def is_idle(self) -> bool:
         """Tell whether the other end keeps the connection and has nothing to say."""
-        self.settimeout(0)
-        try:
-            self.recv(1, socket.MSG_PEEK)
-        except BlockingIOError:
-            return True
-        except OSError:
-            pass
-        return False
-
-    def cut(self) -> None:
-        """Wake whoever waits for an answer: there will be none."""
-        with contextlib.suppress(OSError):
-            self.shutdown(socket.SHUT_RDWR)
+        poll = select.poll()
+        poll.register(self, select.POLLIN)
+        return not poll.poll(0)
 
     def release(self) -> None:
         """Close it, and end what connects it."""
         self.close()
-        if self.dialer is not None:
+        if self.dialer:
             self.dialer.close()
 
 
@@ -650,7 +652,7 @@ class _Engine:
         self.turns = [threading.Semaphore(64 if self.path else 4) for _ in range(2)]
         self.kept: List[_Socket] = []
         self.stream: Optional[_Socket] = None  # the one that events come from
-        self.date = self.version = ''  # the engine's clock and API version, as told last
+        self.date = ''  # the engine's clock, as told last
 
     def request(
         self, method: str, path: str, limit: float = 0.0, absent: Sequence[int] = (), **query: Any
@@ -664,7 +666,6 @@ class _Engine:
         with turn, self.ask(method, path, limit or self.limit, query) as (_, answer):
             body = answer.read().decode('utf-8', 'replace')
             self.date = answer.getheader('Date', self.date)
-            self.version = answer.getheader('Api-Version', self.version)
             content = json.loads(body) if body.strip() and answer.status < 400 else None
         if answer.status >= 400 and answer.status not in absent:
             raise ComposeError((method, path), answer.status, _read_message(body))
@@ -673,10 +674,10 @@ class _Engine:
     def follow(self, **query: Any) -> Iterator[Any]:
         """Give None once the stream is open, then each event until the end, or that of the flag."""
         with self.ask('GET', '/events', self.limit, query) as (sock, answer):
-            sock.left, self.stream = math.inf, sock
+            sock.steps, self.stream = itertools.repeat(None), sock
             yield None
-            for line in iter(answer.readline, b''):
-                yield json.loads(line.decode('utf-8', 'replace'))
+            for line in answer:
+                yield json.loads(line)
 
     def get_time(self) -> float:
         """Return the engine's clock at its last answer, in seconds since 1970."""
@@ -693,8 +694,8 @@ class _Engine:
 
     def cut_stream(self) -> None:
         """End the stream of events: it has missed one."""
-        if self.stream is not None:
-            self.stream.cut()
+        if self.stream:
+            _cut(self.stream)
 
     @contextlib.contextmanager
     def ask(self, method: str, path: str, limit: float, query: Mapping[str, Any]) -> Iterator[Any]:
@@ -704,24 +705,23 @@ class _Engine:
 
         self.flag.check()
         connection = http.client.HTTPConnection('localhost')
-        connection.auto_open = 0
-        sock, keep = None, False
+        sock: Optional[_Socket] = None  # as long as it is for us to release
         try:
             sock = connection.sock = self._connect()
-            sock.left = limit
-            with self.flag.when_lowered(sock.cut):
+            sock.steps = _count_down(limit)
+            with self.flag.when_lowered(functools.partial(_cut, sock)):
                 connection.request(method, f'{path}?{urllib.parse.urlencode(query)}')
                 answer = connection.getresponse()
                 yield sock, answer
-            keep = not self.path and answer.isclosed() and not answer.will_close
+            if not self.path and answer.isclosed() and not answer.will_close:
+                self.kept.append(sock)
+                sock = None
         except (OSError, ValueError, http.client.HTTPException) as error:
             self.flag.check()
-            reason = _explain(error, sock, limit)
+            reason = _find_trouble(error, sock, limit)
             raise ComposeError((method, path), None, '', reason) from None
         finally:
-            if keep and sock is not None:
-                self.kept.append(sock)
-            elif sock is not None:
+            if sock:
                 sock.release()
 
     def _connect(self) -> _Socket:
@@ -730,22 +730,21 @@ class _Engine:
             with contextlib.suppress(IndexError):  # another thread was faster
                 sock = self.kept.pop()
                 if sock.is_idle():
-                    sock.settimeout(self.limit)
                     return sock
                 sock.release()
-        if not self.path:
+        if self.path:
+            sock = _Socket(socket.AF_UNIX)
+            try:
+                sock.settimeout(self.limit)
+                sock.connect(self.path)
+            except OSError:
+                sock.close()
+                raise
+        else:
             ours, theirs = socket.socketpair()
             with theirs:
-                sock = _Socket(ours.family, ours.type, fileno=ours.detach())
+                sock = _Socket(socket.AF_UNIX, fileno=ours.detach())
                 sock.dialer = self.dial(theirs)
-                return sock
-        sock = _Socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            sock.settimeout(self.limit)
-            sock.connect(self.path)
-        except OSError:
-            sock.close()
-            raise
         return sock
 
 
@@ -757,19 +756,17 @@ def _read_message(body: str) -> str:
         return body
 
 
-def _explain(error: Exception, sock: Optional[_Socket], limit: float) -> str:
+def _find_trouble(error: Exception, sock: Optional[_Socket], limit: float) -> str:
     """Return why there was no answer, in one phrase; what should have connected us knows best."""
     if isinstance(error, socket.timeout):
         return f'no answer within {limit:g} s'
     if isinstance(error, ValueError):
         return f'its answer is not understood: {error}'
-    if sock is not None and sock.dialer is not None:
-        pipe: Any = sock.dialer.popen.stderr
-        os.set_blocking(pipe.fileno(), False)
-        told = (pipe.read() or b'').decode('utf-8', 'replace')
+    if sock and sock.dialer:
+        told = sock.dialer.read(0.1)[2]
         if told.strip():
             return _find_reason(told)
-    return getattr(error, 'strerror', '') or str(error) or type(error).__name__
+    return _explain(error)
 
 
 # -- records ---------------------------------------------------------------------------------------
@@ -784,10 +781,19 @@ class State(enum.Enum):
     EXITED = 'exited'
     DEAD = 'dead'
 
+    @property
+    def alive(self) -> bool:
+        """Whether it has processes, or will soon have some again."""
+        return self in (State.RUNNING, State.PAUSED, State.RESTARTING)
+
+    @property
+    def ended(self) -> bool:
+        """Whether its process has ended, so that there is an exit code."""
+        return self not in (State.CREATED, State.RUNNING, State.PAUSED)
+
 
 _PODMAN_STATES = {'stopped': 'exited', 'stopping': 'removing', 'initialized': 'created'}
-_ALIVE = (State.RUNNING, State.PAUSED, State.RESTARTING)
-_ENDED = (State.EXITED, State.DEAD, State.RESTARTING, State.REMOVING)
+_LABEL = 'labelled broapt.watch=false'
 
 
 class Container(NamedTuple):
@@ -806,7 +812,7 @@ class Container(NamedTuple):
     networks: Mapping[str, str] = {}  # name -> id; name -> name if it was never connected
     owners: Mapping[str, str] = {}  # id or name of a container -> its namespace that this shares
     lost: str = ''  # what it was made for and is gone, so that it can never start again
-    watched: bool = True  # False if labelled broapt.watch=false
+    left: str = ''  # why it is left alone; '': it is not
     folder: str = ''  # of the Compose file that made it
 
     @property
@@ -819,8 +825,7 @@ class Container(NamedTuple):
         """The state in words, such as 'exited (137, out of memory)' or 'unhealthy'."""
         if self.state is State.RUNNING and self.health == 'unhealthy':
             return 'unhealthy'
-        told = [str(self.exit_code)] if self.exit_code is not None else []
-        told += [self.note] if self.note else []
+        told = [str(word) for word in (self.exit_code, self.note) if word not in (None, '')]
         return f'{self.state.value} ({", ".join(told)})' if told else self.state.value
 
 
@@ -843,31 +848,37 @@ def _read_container(entry: Mapping[str, Any], details: Mapping[str, Any]) -> Con
     """Return a container as the engine's list and its answer to inspect (may be empty) show it."""
     labels, names = entry['Labels'], entry['Names'] or [entry['Id']]
     found: Mapping[str, Any] = details.get('State', {})
-    host = {**entry.get('HostConfig', {}), **details.get('HostConfig', {})}
-    config = details.get('Config', {})
     word = found.get('Status', entry['State'])
     state = State(_PODMAN_STATES.get(word, word))
-    grace = config.get('StopTimeout') if 'HostConfig' in entry else None  # podman: always 0
-    networks = entry['NetworkSettings']['Networks'] or {}
-    modes = {
-        kind: (host.get(key) or '').partition('container:')[2] for kind, key in _NAMESPACES.items()
+    # The list of podman lacks this, and its time to stop is always 0.
+    config = details.get('Config', {}) if 'HostConfig' in entry else {}
+    host = details.get('HostConfig', entry.get('HostConfig', {}))
+    owners = {
+        host.get(key, '').partition('container:')[2]: kind for kind, key in _NAMESPACES.items()
     }
+    owners.pop('', None)
+    networks = entry['NetworkSettings']['Networks'] or {}
     return Container(
         id=entry['Id'],
         name=min(names, key=lambda name: name.count('/')).lstrip('/'),  # not the alias of a link
         service=labels['com.docker.compose.service'],
         number=labels.get('com.docker.compose.container-number', ''),
         state=state,
-        exit_code=found.get('ExitCode') if state in _ENDED else None,
+        exit_code=found.get('ExitCode') if state.ended else None,
         note='out of memory' if found.get('OOMKilled') else found.get('Error', ''),
-        health=_read_health(found.get('Health') or {}) if state in _ALIVE else '',
-        since=_read_time(found.get('StartedAt' if state in _ALIVE else 'FinishedAt', '')),
-        grace=_DEFAULT_GRACE if grace is None else float(grace),
+        health=_read_health(found.get('Health') or {}) if state.alive else '',
+        since=_read_time(found.get('StartedAt' if state.alive else 'FinishedAt', '')),
+        grace=float(config.get('StopTimeout', _DEFAULT_GRACE)),
         networks={name: network.get('NetworkID') or name for name, network in networks.items()},
-        owners={owner: kind for kind, owner in modes.items() if owner},
-        watched=labels.get('broapt.watch', '').lower() != 'false',
+        owners=owners,
+        left=_read_left(labels),
         folder=labels.get('com.docker.compose.project.working_dir', ''),
     )
+
+
+def _read_left(labels: Mapping[str, Any]) -> str:
+    """Return why a container, or a service, with these labels is left alone; '': it is not."""
+    return _LABEL if str(labels.get('broapt.watch')).lower() == 'false' else ''
 
 
 def _read_health(health: Mapping[str, Any]) -> str:
@@ -879,12 +890,13 @@ def _read_health(health: Mapping[str, Any]) -> str:
 
 def _read_time(text: str) -> float:
     """Return the seconds since 1970 of a time such as 2026-11-25T13:41:31.967303858Z."""
-    found = re.fullmatch(r'(\d{4}.{15})(\.\d+)?(Z|[+-]\d\d:\d\d)', text)
+    found = re.fullmatch(r'(.{19})(\.\d+)?(Z|.{6})', text)
     if not found:
         return 0.0
-    zone = found.group(3).replace('Z', '+00:00').replace(':', '')
-    moment = datetime.datetime.strptime(found.group(1) + zone, '%Y-%m-%dT%H:%M:%S%z')
-    return max(0.0, moment.timestamp()) + float(found.group(2) or 0)
+    second, fraction, zone = found.groups('0')
+    zone = zone.replace('Z', '+0000').replace(':', '')  # as Python 3.6 wants it
+    moment = datetime.datetime.strptime(second + zone, '%Y-%m-%dT%H:%M:%S%z')
+    return max(0.0, moment.timestamp()) + float(fraction)
 
 
 def _read_services(
@@ -895,37 +907,34 @@ def _read_services(
     *profiles*: those of 1.x that are on, since it prints what is off, too.
     """
     declared = config['services'].items()
-    names = {own.get('container_name') or f'{project}-{name}-1': name for name, own in declared}
+    names = {}
+    for name, own in declared:
+        names['container:' + own.get('container_name', f'{project}-{name}-1')] = name
     return {name: _read_service(own, names, profiles) for name, own in declared}
 
 
 def _read_service(
     own: Mapping[str, Any], names: Mapping[str, str], profiles: Optional[Set[str]]
 ) -> Service:
-    """Return a service; *names*: of containers -> their services."""
-    scale = own.get('scale', (own.get('deploy') or {}).get('replicas'))
-    scale = 1 if scale is None else int(scale)
-    if profiles is not None and 'profiles' in own and profiles.isdisjoint(own['profiles']):
-        scale = 0
-    owners = []
-    for mode in ('network_mode', 'pid', 'ipc'):
-        kind, _, owner = (own.get(mode) or '').partition(':')
-        owners.append({'service': owner, 'container': names.get(owner, '')}.get(kind, ''))
+    """Return a service; *names*: 'container:' and the name of one -> its service."""
+    provided = 'provider' in own
+    off = profiles is not None and 'profiles' in own and profiles.isdisjoint(own['profiles'])
+    scale = own.get('scale', own.get('deploy', {}).get('replicas', 1))
+    modes = [own.get(key, '') for key in ('network_mode', 'pid', 'ipc')]
+    owners = [names.get(mode) or mode.partition('service:')[2] for mode in modes]
     depends_on = {}
-    for other, needed in (own.get('depends_on') or {}).items():
-        if needed and needed.get('required', True):
+    for other, needed in own.get('depends_on', {}).items():
+        if needed.get('required', True):
             depends_on[other] = needed.get('condition', '')
-    watch = str((own.get('labels') or {}).get('broapt.watch'))
     return Service(
-        scale=0 if 'provider' in own else scale,
-        left=_LABEL if watch.lower() == 'false' else '',
+        scale=0 if off or provided else int(scale),
+        left=_read_left(own.get('labels', {})),
         owners=tuple(filter(None, owners)),
         depends_on=depends_on,
-        provided='provider' in own,
+        provided=provided,
     )
 
 
-_LABEL = 'labelled broapt.watch=false'
 _YAML_LINE = re.compile(r'( *)(?:- (.+)|(\'.*?\'|".*?"|[^\s\'"-].*?):(?: (.*))?)')
 
 
@@ -939,15 +948,13 @@ def _parse_yaml(text: str) -> Dict[str, Any]:
     text = re.sub(r'(?m)^( *)\? (.+)\n\1: ', r'\1\2:\n\1  ', text)  # how long keys are printed
     for found in filter(None, map(_YAML_LINE.fullmatch, text.splitlines())):
         indent, item, key, value = found.groups()
-        depth = len(indent) // 2 + (1 if item else 0)
+        depth = len(indent) // 2 + bool(item)
         if depth < len(levels):
             del levels[depth + 1 :]
-            child: Dict[str, Any] = {}
-            levels[depth][(item or key).strip('\'"')] = (
-                child if value in (None, '', '{}') else value.strip('\'"')
-            )
-            if value in (None, ''):
-                levels.append(child)
+            entry: Any = {} if value in (None, '', '{}') else value.strip('\'"')
+            levels[depth][(item or key).strip('\'"')] = entry
+            if entry == {}:
+                levels.append(entry)
     return root
 
 
@@ -1082,7 +1089,7 @@ def _is_being_replaced(container: Container, own: Containers) -> bool:
     an older one runs.
     """
     twins = [c for c in own if (c.service, c.number) == (container.service, container.number)]
-    return twins[0] is not container or any(c.state in _ALIVE for c in twins[1:])
+    return twins[0] is not container or any(c.state.alive for c in twins[1:])
 
 
 def _judge_owners(container: Container, own: Containers, services: Services) -> Tuple[str, str]:
@@ -1091,7 +1098,7 @@ def _judge_owners(container: Container, own: Containers, services: Services) -> 
     for owner in own:
         kind = container.owners.get(owner.id) or container.owners.get(owner.name)
         if kind and owner.state not in (State.RUNNING, State.PAUSED):
-            unwatched = services[owner.service].left or not owner.watched
+            unwatched = services[owner.service].left or owner.left
             idle = f"its {kind}'s owner is not running" + (' and not watched' if unwatched else '')
         elif kind and owner.since > container.since > 0:
             renewed = f'its {kind} is gone: {owner.label} was started after it'
@@ -1140,8 +1147,8 @@ def _schedule(
 ) -> Action:
     """Return the fault with the time when it is to be mended, or as left alone."""
     container, left = fault.container, services[fault.service].left
-    if container is not None and not container.watched:
-        left = _LABEL
+    if container is not None:
+        left = container.left or left
     ill, why = fault.cause == 'unhealthy', left or fault.why
     if ill and settings.unhealthy is Unhealthy.IGNORE:
         why = why or 'told to ignore health'
@@ -1472,7 +1479,7 @@ class _Project(_Docker):
         there = {entry['Id'] for entry in entries}
         for entry in entries:
             there.update(name[1:] for name in entry['Names'] or ())
-        if any(c.state not in _ALIVE for c in containers):
+        if not all(c.state.alive for c in containers):
             for network in self._list('/networks'):
                 there |= {network['Id'], network['Name']}
         others = {owner for c in containers for owner in c.owners} - there
@@ -1532,7 +1539,7 @@ def _find_loss(container: Container, there: Set[str]) -> str:
         if owner not in there:
             lost.append(f'the container whose {kind} it shares')
     for name, ident in container.networks.items():
-        if ident not in there and container.state not in _ALIVE:  # what runs keeps them
+        if ident not in there and not container.state.alive:  # what runs keeps them
             lost.append(f'its network {name}')
     return ', '.join(lost)
 
@@ -1664,7 +1671,7 @@ class _Stack(_Project):
         left = {name for name, service in services.items() if service.left not in ('', _LABEL)}
         for container in before:
             service = services.get(container.service, Service())
-            if container.state is State.PAUSED and (service.left or not container.watched):
+            if container.state is State.PAUSED and (service.left or container.left):
                 left.add(container.service)  # nor can it start that
         return left & services.keys()
 
@@ -1695,7 +1702,7 @@ class _Stack(_Project):
             if number not in states and container.id not in there:
                 self._show_log(container)
                 self.remove(container)
-            elif container.state in _ALIVE and was not in _ALIVE:
+            elif container.state.alive and not was.alive:
                 self.post('stop', container)
             elif container.state is State.RUNNING and was is State.PAUSED:
                 self.post('pause', container)
@@ -1734,10 +1741,11 @@ class _Stack(_Project):
         with _going_on('stopping the containers one by one'):
             if not self.copies:  # Compose would stop them, too
                 self.compose('stop', limit=self.settings.timeout + grace)
+        alive = [state for state in State if state.alive]
         try:  # also what Compose leaves: services of a profile, or not in its file any more
             with _going_on('killing the containers'):
-                own = self._do_all('stop', *_ALIVE)
-            own = self._do_all('kill', *_ALIVE)
+                own = self._do_all('stop', *alive)
+            own = self._do_all('kill', *alive)
         finally:
             try:
                 self._clean_up(own)
@@ -1891,7 +1899,7 @@ class _Watch:
         Compose waits for a moment's quiet while another container has ended, too: somebody may be
         removing one after the other, and it would be run for each of them.
         """
-        ended = any(c.state in _ENDED for c in containers)
+        ended = any(c.state.ended for c in containers)
         quiet = self.stirred + _QUIET if ended else 0.0
         free = [a for a in actions if a.key not in self.busy and a.service not in self.busy]
         return [a._replace(due=max(a.due, quiet)) if a.verb in _UP else a for a in free]
@@ -2534,7 +2542,7 @@ def _make_row(container: Container, actions: Sequence[Action], now: float) -> Di
         'state': container.condition,
         'health': container.health,
         'since': _describe_age(age) if container.since else '',
-        'watched': container.watched,
+        'watched': not container.left,
         'fault': any(action.wanted for action in actions),
         'note': '; '.join(action.plan for action in actions),
     }

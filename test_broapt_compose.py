@@ -1637,7 +1637,7 @@ def place(tmp_path):
 def run(place, code, *arguments, **kwargs):
     """Run a shell script as the module runs commands."""
     command = ('/bin/sh', '-c', code, 'sh', *map(str, arguments))
-    return bc._run(command, kwargs.pop('limit', 60), place, **kwargs)
+    return bc._run(command, kwargs.pop('limit', 60), place, **{'flag': bc.UpFlag(), **kwargs})
 
 
 LINGER = 'sleep 600 & echo $! >child; '  # a child that holds the pipes
@@ -1697,9 +1697,9 @@ def test_command_that_cannot_be_started_is_an_error_like_any_other(place):
     odd.write_text('')
     for command, why in (('/none', '127.*not found'), (str(odd), '126.*ermission denied')):
         with pytest.raises(ComposeError, match=why):
-            bc._run((command,), 20, place)
+            bc._run((command,), 20, place, bc.UpFlag())
     with pytest.raises(ComposeError, match='null'):
-        bc._run(('docker', '\0'), 20, place)
+        bc._run(('docker', '\0'), 20, place, bc.UpFlag())
 
 
 def test_command_is_cancelled_at_once_when_the_flag_is_lowered(place):
@@ -1776,7 +1776,8 @@ IGNORED = """
         threading.Thread(target=reap, daemon=True).start()
     for code in (0, 3):
         try:
-            print(bc._run(['/bin/sh', '-c', 'echo out; exit %d' % code], 20, bc._Place('/', {})))
+            command = ['/bin/sh', '-c', 'echo out; exit %d' % code]
+            print(bc._run(command, 20, bc._Place('/', {}), bc.UP_FLAG))
         except bc.ComposeError as error:
             print(error.returncode)
 """
@@ -1794,7 +1795,7 @@ SUSPENDED = """
         print('begun', flush=True)
     code = 'echo begun; read line <fifo; ' + sys.argv[1]
     try:
-        text = bc._run(['/bin/sh', '-c', code], 1, bc._Place('.', {}), show=show)
+        text = bc._run(['/bin/sh', '-c', code], 1, bc._Place('.', {}), bc.UP_FLAG, show)
         print(len(text))
     except bc.ComposeError as error:
         print(error)
@@ -1822,7 +1823,7 @@ def test_killed_process_leaves_no_command_behind(tmp_path):
         import broapt_compose as bc
         code = 'sleep 600 & echo $!; echo $$; trap "" TERM HUP; sleep 600'
         show = lambda chunk: print(chunk.decode(), end='', flush=True)
-        bc._run(['/bin/sh', '-c', code], 600, bc._Place('/', {}), show=show)
+        bc._run(['/bin/sh', '-c', code], 600, bc._Place('/', {}), bc.UP_FLAG, show)
     """
     with script(code) as host:
         pids = [int(host.stdout.readline()) for _ in range(2)]
@@ -2342,7 +2343,7 @@ def test_name_is_the_containers_own_and_not_one_that_a_link_gave_it():
 @pytest.mark.parametrize('text, watched', [('false', False), ('False', False), ('true', True)])
 def test_label_switches_the_watching_off(text, watched):
     labels = dict(entry()['Labels'], **{'broapt.watch': text})
-    assert bc._read_container(entry(Labels=labels), {}).watched is watched
+    assert (not bc._read_container(entry(Labels=labels), {}).left) is watched
 
 
 def test_state_that_nobody_knows_is_refused(world):
@@ -2434,6 +2435,7 @@ SERVICES = {
 NOW = 5000.0
 LOST = 'the container whose network it shares'
 HELD = 'on hold until 14:30'
+LABELLED = 'labelled broapt.watch=false'
 OWNER = "its network's owner is not running"
 LEFT_OVER = 'left over from an interrupted recreate: it will not be touched'
 AFTER = 'its {} is gone: core was started after it'
@@ -2602,9 +2604,9 @@ ROWS = [
     ),
     (
         'stopped side of a stopped core that nobody watches says so',
-        {'core': make(state='exited', watched=False), 'side': make('side', 'exited', **SIDE)},
+        {'core': make(state='exited', left=LABELLED), 'side': make('side', 'exited', **SIDE)},
         [
-            '(leave core: exited (137): labelled broapt.watch=false)',
+            '(leave core: exited (137): ' + LABELLED + ')',
             'leave side: exited (137): ' + OWNER + ' and not watched',
         ],
     ),
@@ -2636,8 +2638,8 @@ ROWS = [
     ),
     (
         'db labelled broapt.watch=false is never touched',
-        {'db': make('db', 'exited', watched=False)},
-        ['(leave db: exited (137): labelled broapt.watch=false)'],
+        {'db': make('db', 'exited', left=LABELLED)},
+        ['(leave db: exited (137): ' + LABELLED + ')'],
     ),
     ('what the file does not declare is never touched', {'old': make('old', 'exited')}, []),
     (
@@ -2831,7 +2833,7 @@ def draw_containers(rng):
             fields = {
                 'id': '{}-{}'.format(name, rng.random()),
                 'number': str(rng.choice([number, 0]) + 1),
-                'watched': rng.random() < 0.8,
+                'left': '' if rng.random() < 0.8 else LABELLED,
                 'health': rng.choice(['', 'healthy', 'unhealthy']),
                 'lost': rng.choice(['', '', '', 'its network x']),
                 'exit_code': rng.choice([None, 0, 1]),
@@ -2876,7 +2878,7 @@ def check_action(action, services, history, settings):
     at_once = action.key in history.crashed or action.cause == 'unhealthy'
     assert at_once or action.due >= action.since + settings.settle, 'never before settle'
     if action.container:
-        assert action.container.watched
+        assert not action.container.left
         assert action.container.state not in (State.RESTARTING, State.REMOVING)
 
 
