@@ -113,8 +113,8 @@ class ComposeError(Exception):
     def __str__(self) -> str:
         kind = 'status' if self.command[0].isupper() else 'exit code'
         code = '' if self.returncode is None else f'{kind} {self.returncode}: '
-        words = [_one_line(word) for word in self.command]
-        command = _quote(word if len(word) <= 80 else word[:80] + '...' for word in words)
+        words = [re.sub('(.{80}).+', r'\1...', _one_line(word)) for word in self.command]
+        command = _quote(words)
         return _one_line(f'{command}: {code}{self.reason[:500]}')
 
 
@@ -150,18 +150,14 @@ class _Outlet:
     """A stream for which nobody waits: what is not read in time is dropped, and that is said."""
 
     def __init__(self, stream: Any) -> None:
-        self.stream, self.dropped = stream, 0
-        self._open()
-
-    def _open(self) -> None:
-        self.queue: Any = queue.Queue(1000)
-        self.thread = threading.Thread(target=self._pump, daemon=True)
-        self.thread.start()
+        self.stream, self.dropped, self.thread = stream, 0, threading.Thread()
 
     def write(self, text: Any) -> None:
         """Have a text, or bytes, written soon."""
-        if not self.thread.is_alive():  # forked, or closed before
-            self._open()
+        if not self.thread.is_alive():  # not begun yet, closed before, or lost in a fork
+            self.queue: Any = queue.Queue(1000)
+            self.thread = threading.Thread(target=self._pump, daemon=True)
+            self.thread.start()
         chunk = text.encode('utf-8', 'replace') if isinstance(text, str) else text
         try:
             self.queue.put_nowait(chunk)
@@ -229,11 +225,9 @@ def _parse_files(value: Any) -> Tuple[str, ...]:
     if isinstance(value, str):
         value = value.split(os.pathsep)
     names = [value] if isinstance(value, os.PathLike) else value
-    files = tuple(os.path.abspath(os.fsdecode(name)) for name in names if name)
+    files = tuple(os.path.abspath(os.fsdecode(name)) for name in names)
     for file in files:
         open(file, 'rb').close()
-    if names and not files:
-        raise ValueError
     return files
 
 
@@ -2392,7 +2386,8 @@ def _parse_arguments(argv: Optional[Sequence[str]]) -> Dict[str, Any]:
     commands = parser.add_subparsers(dest='command', metavar='COMMAND', title='commands')
     for name, command in _COMMANDS.items():
         own = commands.add_parser(name, help=command.text, description=command.text)
-        _add_settings(own, command.shown)  # for its help alone
+        if name in rest:  # else nobody can ask for its help: that saves time
+            _add_settings(own, command.shown)
         for flag, how in command.arguments.items():
             own.add_argument(flag, **how)
     return {**vars(parser.parse_args(rest)), **vars(given)}
@@ -2400,14 +2395,15 @@ def _parse_arguments(argv: Optional[Sequence[str]]) -> Dict[str, Any]:
 
 def _add_settings(parser: Any, fields: Sequence[str]) -> None:
     level = {'dest': 'level', 'action': 'store_const', 'default': logging.INFO}
-    for flags, number, text in _LEVELS:
-        parser.add_argument(*flags.split(), const=number, help=text, **level)
+    parser.add_argument('-v', '--verbose', const=logging.DEBUG, help='log every command', **level)
+    quiet = 'log only warnings and errors'
+    parser.add_argument('-q', '--quiet', const=logging.WARNING, help=quiet, **level)
     for field in fields:
         option, default = _OPTIONS[field], Settings._field_defaults[field]
         value = f'; default: {getattr(default, "value", default)}' if default else ''
-        *names, metavar = option.usage.split()
+        *flags, metavar = option.usage.split()
         parser.add_argument(
-            *names,
+            *flags,
             dest=field,
             metavar=metavar,
             action='append' if field == 'docker_compose' else 'store',
@@ -2415,18 +2411,12 @@ def _add_settings(parser: Any, fields: Sequence[str]) -> None:
         )
 
 
-_LEVELS = (
-    ('-v --verbose', logging.DEBUG, 'log every command'),
-    ('-q --quiet', logging.WARNING, 'log only warnings and errors'),
-)
-
-
 def _parse_span(text: str) -> float:
     """Return the seconds of a time such as 30m."""
     import argparse
 
     found = re.fullmatch(r'(\d+)([smh])', text)
-    seconds = int(found.group(1)) * {'s': 1, 'm': 60, 'h': 3600}[found.group(2)] if found else 0
+    seconds = int(found[1]) * {'s': 1, 'm': 60, 'h': 3600}[found[2]] if found else 0
     if not 0 < seconds <= _LONGEST_HOLD:
         raise argparse.ArgumentTypeError(f'{text!r} is not a time {_SPAN}')
     return float(seconds)
@@ -2447,10 +2437,10 @@ def _run_until_signal(stack: _Stack) -> int:
     # Also where it is ignored, in the background of a script.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     register(settings)
-    usec = os.environ.get('WATCHDOG_USEC', '')
-    if usec.isdigit() and int(usec):
+    usec = int(os.environ.get('WATCHDOG_USEC') or 0)
+    if usec > 0:
         # Check twice as often as systemd wants to hear of it: sd_watchdog_enabled(3).
-        stack.settings = settings._replace(interval=min(settings.interval, int(usec) / 2e6))
+        stack.settings = settings._replace(interval=min(settings.interval, usec / 2e6))
     try:
         with _supervise(stack), contextlib.suppress(KeyboardInterrupt):
             name = signal.Signals(settings.kill_signal).name
@@ -2471,11 +2461,13 @@ def _notify(text: str) -> None:
             sock.sendto(text.encode(), re.sub('^@', '\0', address))
 
 
-def _look_once(stack: _Stack) -> Tuple[List[Container], Dict[str, Action]]:
-    """Return what is there, and each fault (by its key) with what is done about it, for people."""
+def _look_once(stack: _Stack) -> List[Action]:
+    """Return what is done about each container, well or not, and about each that is missing."""
     containers, services = stack.observe(), stack.get_services(stack.read_holds())
     actions = decide(containers, services, 0.0, History(), stack.settings)
-    return containers, {action.key: action for action in actions}
+    faulty = [action.container for action in actions]
+    well = [c for c in containers if c not in faulty]
+    return [Action(Verb.LEAVE, c.service, c, c.condition, wanted=False) for c in well] + actions
 
 
 def _check(stack: _Stack, dry_run: bool) -> int:
@@ -2483,7 +2475,10 @@ def _check(stack: _Stack, dry_run: bool) -> int:
     UP_FLAG.value = True
     stack.open()
     if dry_run:
-        return _dry_run(stack)
+        actions = _look_once(stack)
+        for action in actions:
+            print(f'{action.label}: {action.cause}: {action.plan or "nothing to do"}')
+        return 1 if any(action.wanted for action in actions) else 0
     watch = _Watch(stack)
     with contextlib.closing(watch):
         watch.cycle()
@@ -2496,21 +2491,10 @@ def _check(stack: _Stack, dry_run: bool) -> int:
             watch.take_results()
         if watch.outage is not None:
             return 1
-        left = [action for action in _look_once(stack)[1].values() if action.wanted]
+        left = [action for action in _look_once(stack) if action.wanted]
     for action in left:
         logger.warning('%s: %s: %s', action.label, action.cause, action.plan)
     return 1 if left or watch.failures else 0
-
-
-def _dry_run(stack: _Stack) -> int:
-    """Tell what a check would do, and why; return 1 for a fault."""
-    containers, faults = _look_once(stack)
-    for container in containers:
-        if container.id not in faults:
-            print(f'{container.label}: {container.condition}: nothing to do')
-    for action in faults.values():
-        print(f'{action.label}: {action.cause}: {action.plan}')
-    return 1 if any(action.wanted for action in faults.values()) else 0
 
 
 def _status(stack: _Stack, as_json: bool) -> int:
@@ -2520,7 +2504,9 @@ def _status(stack: _Stack, as_json: bool) -> int:
         stack.open()
     except ComposeError as failure:
         error = str(failure)
-    rows = _make_rows(*_look_once(stack), stack.engine.get_time())
+    now = stack.engine.get_time()
+    rows = [_make_row(action, now) for action in _look_once(stack)]
+    rows.sort(key=lambda row: (row['service'], row.get('container', '')))
     ok = not error and not any(row['fault'] for row in rows)
     if as_json:
         document = {'project': stack.project, 'ok': ok, 'error': error, 'containers': rows}
@@ -2532,26 +2518,19 @@ def _status(stack: _Stack, as_json: bool) -> int:
     return 0 if ok else 1
 
 
-def _make_rows(
-    containers: Containers, faults: Mapping[str, Action], now: float
-) -> List[Dict[str, Any]]:
-    rows: Dict[str, Dict[str, Any]] = {}
-    for container in containers:
-        rows[container.id] = {
-            'service': container.service,
-            'container': container.name,
-            'id': container.id,
-            'state': container.condition,
-            'health': container.health,
-            'since': _describe_age(now - container.since) if container.since else '',
-            'watched': container.watched,
-            'fault': False,
-            'note': '',
-        }
-    for key, action in faults.items():
-        row = rows.setdefault(key, {'service': action.service, 'state': action.cause})
-        row.update(fault=action.wanted, note=action.plan)
-    return sorted(rows.values(), key=lambda row: (row['service'], row.get('container', '')))
+def _make_row(action: Action, now: float) -> Dict[str, Any]:
+    row: Dict[str, Any] = {'service': action.service, 'state': action.cause}
+    container = action.container
+    if container is not None:
+        row.update(
+            container=container.name,
+            id=container.id,
+            state=container.condition,
+            health=container.health,
+            since=_describe_age(now - container.since) if container.since else '',
+            watched=container.watched,
+        )
+    return {**row, 'fault': action.wanted, 'note': action.plan}
 
 
 def _describe_age(seconds: float) -> str:
