@@ -348,13 +348,12 @@ class Settings(NamedTuple):
         Strings are parsed as on the command line; None, and an empty variable, count as not given.
         Raises ValueError: one line naming the setting, its value, and what is accepted.
         """
-        const = _read_const()
-        values: Dict[str, Any] = {}
+        values, const = {}, _find_const()
         for field, option in _OPTIONS.items():
             name = field.upper()
             sources = {
                 option.usage.split()[0]: given.pop(field, None),
-                f'const.{name}': const.get(name),
+                f'const.{name}': getattr(const, name, None) if field in cls._fields[:3] else None,
                 f'BROAPT_{name}': os.environ.get(f'BROAPT_{name}') or None,
             }
             for source, value in sources.items():
@@ -372,16 +371,14 @@ def _parse_value(source: str, value: Any, option: _Option) -> Any:
         raise ValueError(_one_line(f'{source}: {value!r} is not {option.accepted}{why}')) from None
 
 
-def _read_const() -> Dict[str, Any]:
-    """Return what BroAPT's const says: what the host has loaded, or lies beside this copy."""
+def _find_const() -> Any:
+    """Return BroAPT's const: what the host has loaded, or lies beside this copy; or None."""
     name = re.sub('[^.]+$', 'const', __name__)
     beside = os.path.join(os.path.dirname(__file__), 'const.py')
     if __name__ == '__main__' or not (name in sys.modules or os.path.isfile(beside)):
-        return {}
+        return None
     const = importlib.import_module(name)
-    names = [field.upper() for field in Settings._fields[:3]]
-    found = {name: getattr(const, name) for name in names if hasattr(const, name)}
-    return found if found.keys() != {'INTERVAL'} else {}  # some other program's const
+    return const if hasattr(const, 'KILL_SIGNAL') or hasattr(const, 'DOCKER_COMPOSE') else None
 
 
 # -- the flag --------------------------------------------------------------------------------------
@@ -2396,8 +2393,9 @@ def _parse_arguments(argv: Optional[Sequence[str]]) -> Dict[str, Any]:
 def _add_settings(parser: Any, fields: Sequence[str]) -> None:
     level = {'dest': 'level', 'action': 'store_const', 'default': logging.INFO}
     parser.add_argument('-v', '--verbose', const=logging.DEBUG, help='log every command', **level)
-    quiet = 'log only warnings and errors'
-    parser.add_argument('-q', '--quiet', const=logging.WARNING, help=quiet, **level)
+    parser.add_argument(
+        '-q', '--quiet', const=logging.WARNING, help='log only warnings and errors', **level
+    )
     for field in fields:
         option, default = _OPTIONS[field], Settings._field_defaults[field]
         value = f'; default: {getattr(default, "value", default)}' if default else ''
@@ -2485,10 +2483,9 @@ def _check(stack: _Stack, dry_run: bool) -> int:
         if watch.seen:
             threading.Event().wait(stack.settings.settle)
             watch.cycle()
-        while watch.busy:
-            watch.wake.wait(1.0)
-            watch.wake.clear()
-            watch.take_results()
+        for task in watch.tasks:
+            task.wait()
+        watch.take_results()
         if watch.outage is not None:
             return 1
         left = [action for action in _look_once(stack) if action.wanted]
@@ -2504,8 +2501,8 @@ def _status(stack: _Stack, as_json: bool) -> int:
         stack.open()
     except ComposeError as failure:
         error = str(failure)
-    now = stack.engine.get_time()
-    rows = [_make_row(action, now) for action in _look_once(stack)]
+    actions, now = _look_once(stack), stack.engine.get_time()
+    rows = [_make_row(action, now) for action in actions]
     rows.sort(key=lambda row: (row['service'], row.get('container', '')))
     ok = not error and not any(row['fault'] for row in rows)
     if as_json:
@@ -2535,10 +2532,11 @@ def _make_row(action: Action, now: float) -> Dict[str, Any]:
 
 def _describe_age(seconds: float) -> str:
     """Return a number of seconds in words, such as '5 minutes'."""
-    units = (('day', 86400), ('hour', 3600), ('minute', 60))
-    unit, size = next((pair for pair in units if seconds >= pair[1]), ('second', 1))
-    count = max(0, int(seconds / size))
-    return f'{count} {unit}' if count == 1 else f'{count} {unit}s'
+    for unit, size in (('day', 86400), ('hour', 3600), ('minute', 60), ('second', 1)):
+        count = int(seconds / size)
+        if count > 0:
+            return f'{count} {unit}' if count == 1 else f'{count} {unit}s'
+    return '0 seconds'
 
 
 def _print_table(rows: Sequence[Mapping[str, Any]]) -> None:
