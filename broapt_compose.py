@@ -2588,7 +2588,13 @@ class _Command(NamedTuple):
 _LOOKING = ('docker_compose', 'timeout', 'unhealthy', 'compose_command')
 _SPAN = 'such as 90s, 30m or 2h, at most 24h'
 _NAMES = {'names': {'nargs': '*', 'metavar': 'SERVICE', 'help': 'none: all of them'}}
-_FOR = {'dest': 'span', 'type': _parse_span, 'metavar': 'TIME', 'default': '1h'}
+_FOR = {
+    'dest': 'span',
+    'type': _parse_span,
+    'metavar': 'TIME',
+    'default': '1h',
+    'help': f'{_SPAN} (default: %(default)s)',
+}
 _COMMANDS: Mapping[str, _Command] = {
     'run': _Command(
         _run_until_signal,
@@ -2616,7 +2622,7 @@ _COMMANDS: Mapping[str, _Command] = {
         _hold,
         'leave services alone for a while, to work on them by hand',
         _LOOKING,
-        {**_NAMES, '--for': {**_FOR, 'help': f'{_SPAN} (default: %(default)s)'}},
+        {**_NAMES, '--for': _FOR},
     ),
     'release': _Command(_release, 'watch them again', _LOOKING, _NAMES),
 }
