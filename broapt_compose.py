@@ -114,9 +114,8 @@ class ComposeError(Exception):
     def __str__(self) -> str:
         kind = 'status' if self.command[0].isupper() else 'exit code'
         code = '' if self.returncode is None else f'{kind} {self.returncode}: '
-        words = [_one_line(word) for word in self.command]
-        command = _quote(word if len(word) <= 80 else word[:80] + '...' for word in words)
-        return _one_line(f'{command}: {code}{self.reason[:500]}')
+        words = [re.sub('(.{80}).+', r'\1...', _one_line(word)) for word in self.command]
+        return _one_line(f'{_quote(words)}: {code}{self.reason[:500]}')
 
 
 class _Cancelled(Exception):
@@ -125,9 +124,10 @@ class _Cancelled(Exception):
 
 def _find_reason(stderr: str) -> str:
     """Return the last line that says something; some commands close with general advice."""
-    lines = [line.strip() for line in stderr.splitlines()]
-    told = [line for line in lines if line and not re.match("See '|Run '|Encountered errors", line)]
-    return told[-1] if told else 'no reason given'
+    for line in reversed(stderr.splitlines()):
+        if not re.match(r"\s*($|See '|Run '|Encountered errors)", line):
+            return line.strip()
+    return 'no reason given'
 
 
 def _one_line(text: str) -> str:
@@ -150,53 +150,44 @@ class _Outlet:
     """A stream for which nobody waits: what is not read in time is dropped, and that is said."""
 
     def __init__(self, stream: Any) -> None:
-        self.stream, self.dropped = stream, 0
-        self._open()
-
-    def _open(self) -> None:
-        self.pid = os.getpid()
-        self.queue: Any = queue.Queue(1000)  # None: the end
-        self.thread = threading.Thread(target=self._pump, daemon=True)
-        self.thread.start()
+        self.stream, self.dropped, self.thread = stream, 0, threading.Thread()
 
     def write(self, text: Any) -> None:
         """Have a text, or bytes, written soon."""
-        if self.pid != os.getpid() or not self.thread.is_alive():  # forked, or closed before
-            self._open()
+        if not self.thread.is_alive():  # not begun yet, closed before, or lost in a fork
+            self.queue: Any = queue.Queue(1000)
+            self.thread = threading.Thread(target=self._pump, daemon=True)
+            self.thread.start()
+        chunk = text.encode('utf-8', 'replace') if isinstance(text, str) else text
         try:
-            self.queue.put_nowait(
-                text.encode('utf-8', 'replace') if isinstance(text, str) else text
-            )
+            self.queue.put_nowait(chunk)
         except queue.Full:
             self.dropped += 1
 
-    def flush(self) -> None:
-        """Do nothing: it is written as soon as can be."""
-
     def close(self) -> None:
         """Wait a moment until all is written."""
-        self.write(None)
+        self.write(b'')
         self.thread.join(1)
 
     def _pump(self) -> None:
-        for chunk in iter(self.queue.get, None):
+        while True:
+            chunk = self.queue.get()
             self._put(chunk)
-            if self.queue.empty():
-                self._tell()
-        self._tell()
-
-    def _tell(self) -> None:
-        if self.dropped:
-            self._put(b'%d lines were dropped: nobody read them\n' % self.dropped)
-            self.dropped = 0
+            if self.dropped and self.queue.empty():
+                self._put(b'%d lines were dropped: nobody read them\n' % self.dropped)
+                self.dropped = 0
+            if not chunk:  # the end
+                return
 
     def _put(self, chunk: bytes) -> None:
         # A full disk, a closed stream, or none, is no matter.
         with contextlib.suppress(OSError, ValueError, AttributeError):
             try:
                 number = self.stream.fileno()  # past its buffer, whose lock would hold up the exit
+                poll = select.poll()
+                poll.register(number, select.POLLOUT)
                 while chunk:
-                    select.select([], [number], [])  # it may be one that does not block
+                    poll.poll()  # it may be one that does not block
                     chunk = chunk[os.write(number, chunk) :]
             except io.UnsupportedOperation:
                 self.stream.write(chunk.decode('utf-8', 'replace'))
@@ -236,11 +227,9 @@ def _parse_files(value: Any) -> Tuple[str, ...]:
     if isinstance(value, str):
         value = value.split(os.pathsep)
     names = [value] if isinstance(value, os.PathLike) else value
-    files = tuple(os.path.abspath(os.fsdecode(name)) for name in names if name)
+    files = tuple(os.path.abspath(os.fsdecode(name)) for name in names)
     for file in files:
         open(file, 'rb').close()
-    if names and not files:
-        raise ValueError
     return files
 
 
@@ -250,16 +239,13 @@ def _parse_seconds(value: Any, least: float = 0.0) -> float:
     return float(value)
 
 
-def _parse_positive(value: Any) -> float:
-    return _parse_seconds(value, sys.float_info.min)
+_parse_positive = functools.partial(_parse_seconds, least=sys.float_info.min)
 
 
 def _parse_signal(value: Any) -> int:
-    text = str(int(value) if isinstance(value, int) else value).strip().upper()
-    if text.isdigit():
-        number = signal.Signals(int(text))
-    else:
-        number = signal.Signals['SIG' + re.sub('^SIG', '', text)]
+    if isinstance(value, str) and not value.isdigit():
+        value = signal.Signals['SIG' + re.sub('^SIG', '', value.upper())]
+    number = signal.Signals(int(value))
     if number in (signal.SIGKILL, signal.SIGSTOP):
         raise ValueError
     return int(number)
@@ -267,14 +253,13 @@ def _parse_signal(value: Any) -> int:
 
 def _parse_command(value: Any) -> Tuple[str, ...]:
     command = tuple(shlex.split(value) if isinstance(value, str) else value)
-    if not all(isinstance(word, str) for word in command) or not any(command):
+    if not ''.join(command):
         raise ValueError
     return command
 
 
 class _Option(NamedTuple):
-    flags: str  # on the command line
-    metavar: str
+    usage: str  # on the command line
     parse: Callable[[Any], Any]
     accepted: str
     help: str
@@ -282,71 +267,61 @@ class _Option(NamedTuple):
 
 _OPTIONS: Mapping[str, _Option] = {  # by field; the variable is BROAPT_ and the field's name
     'docker_compose': _Option(
-        '--file -f --docker-compose',
-        'FILE',
+        '--file -f --docker-compose FILE',
         _parse_files,
         'a readable file',
         'Compose file, repeatable; in the variable joined by os.pathsep; default: Compose finds it',
     ),
     'interval': _Option(
-        '--interval -i',
-        'SECONDS',
+        '--interval -i SECONDS',
         _parse_positive,
         'a number of seconds greater than 0',
         'longest time between two full checks',
     ),
     'kill_signal': _Option(
-        '--signal -s',
-        'SIGNAL',
+        '--signal -s SIGNAL',
         _parse_signal,
         'a signal such as 15, TERM or SIGTERM, other than KILL and STOP',
         'what ends the host',
     ),
     'watcher': _Option(
-        '--watcher -w',
-        'KIND',
+        '--watcher -w KIND',
         Watcher,
         'thread or process',
         'where the watcher runs: thread or process',
     ),
     'settle': _Option(
-        '--settle',
-        'SECONDS',
+        '--settle SECONDS',
         _parse_seconds,
         'a number of seconds, 0 or more',
         'how long what was done by hand must last before it is undone; a crash waits for nothing',
     ),
     'timeout': _Option(
-        '--timeout',
-        'SECONDS',
+        '--timeout SECONDS',
         _parse_positive,
         'a number of seconds greater than 0',
         'deadline of one request to the engine or one Compose command',
     ),
     'prune': _Option(
-        '--prune',
-        'WHAT',
+        '--prune WHAT',
         Prune,
         'project, system or none',
         'what to delete at the end: project, system (all that is unused, whosever it is) or none',
     ),
     'unhealthy': _Option(
-        '--unhealthy',
-        'WHAT',
+        '--unhealthy WHAT',
         Unhealthy,
         'restart or ignore',
         'restart or ignore a container whose health check fails',
     ),
     'on_exit': _Option(
-        '--on-exit',
-        'WHAT',
+        '--on-exit WHAT',
         OnExit,
         'stop or leave',
         'stop the containers at the end, or leave them running for the next watchdog',
     ),
     'compose_command': _Option(
-        '--compose-command',
-        'CMD',
+        '--compose-command CMD',
         _parse_command,
         'a command as in a shell',
         'the Compose command; default: docker compose, or docker-compose where docker has none',
@@ -375,19 +350,19 @@ class Settings(NamedTuple):
         Strings are parsed as on the command line; None, and an empty variable, count as not given.
         Raises ValueError: one line naming the setting, its value, and what is accepted.
         """
-        const = _find_const()
-        values = {field: value for field, value in given.items() if value is not None}
+        values, const = {}, _find_const()
         for field, option in _OPTIONS.items():
-            sources = {option.flags.split()[0]: given.get(field)}
-            if field in cls._fields[:3]:
-                sources[f'const.{field.upper()}'] = getattr(const, field.upper(), None)
-            variable = f'BROAPT_{field.upper()}'
-            sources[variable] = os.environ.get(variable) or None
+            name = field.upper()
+            sources = {
+                option.usage.split()[0]: given.pop(field, None),
+                f'const.{name}': getattr(const, name, None) if field in cls._fields[:3] else None,
+                f'BROAPT_{name}': os.environ.get(f'BROAPT_{name}') or None,
+            }
             for source, value in sources.items():
                 if value is not None:
                     values[field] = _parse_value(source, value, option)
                     break
-        return cls(**values)
+        return cls(**values, **given)
 
 
 def _parse_value(source: str, value: Any, option: _Option) -> Any:
@@ -400,14 +375,11 @@ def _parse_value(source: str, value: Any, option: _Option) -> Any:
 
 def _find_const() -> Any:
     """Return BroAPT's const: what the host has loaded, or lies beside this copy; or None."""
-    if __name__ in ('__main__', '__mp_main__'):
+    name = re.sub('[^.]+$', 'const', __name__)
+    beside = os.path.join(os.path.dirname(__file__), 'const.py')
+    if __name__ == '__main__' or not (name in sys.modules or os.path.isfile(beside)):
         return None
-    name = __name__.rpartition('.')[0] + '.const' if '.' in __name__ else 'const'
-    const = sys.modules.get(name)
-    if const is None and os.path.isfile(
-        os.path.join(os.path.dirname(os.path.abspath(__file__)), 'const.py')
-    ):
-        const = importlib.import_module(name)
+    const = importlib.import_module(name)
     return const if hasattr(const, 'KILL_SIGNAL') or hasattr(const, 'DOCKER_COMPOSE') else None
 
 
@@ -420,20 +392,20 @@ class UpFlag(threading.Event):
 
     def __init__(self) -> None:
         super().__init__()
-        self._own()
+        self._waiting: Dict[int, Tuple[Any, List[Callable[[], Any]]]] = {}  # by process id
         self.set()
 
-    def _own(self) -> None:
-        self._pid, self._guard = os.getpid(), threading.RLock()
-        self._callbacks: List[Callable[[], Any]] = []
+    def _get_own(self) -> Tuple[Any, List[Callable[[], Any]]]:
+        """Return this process's lock and callbacks; a fork has none of its parent's."""
+        return self._waiting.setdefault(os.getpid(), (threading.RLock(), []))
 
     def clear(self) -> None:
         """Lower the flag."""
         super().clear()
-        if self._pid == os.getpid():
-            with self._guard:
-                for callback in self._callbacks:
-                    callback()
+        guard, callbacks = self._get_own()
+        with guard:
+            for callback in callbacks:
+                callback()
 
     @property
     def value(self) -> bool:
@@ -456,17 +428,16 @@ class UpFlag(threading.Event):
     @contextlib.contextmanager
     def when_lowered(self, callback: Callable[[], Any]) -> Iterator[None]:
         """During the block, call *callback* when the flag is lowered; at once if it is down."""
-        if self._pid != os.getpid():
-            self._own()
-        with self._guard:
-            self._callbacks.append(callback)
+        guard, callbacks = self._get_own()
+        with guard:
+            callbacks.append(callback)
             if not self.is_set():
                 callback()
         try:
             yield
         finally:
-            with self._guard:
-                self._callbacks.remove(callback)
+            with guard:
+                callbacks.remove(callback)
 
 
 UP_FLAG = UpFlag()
@@ -2344,7 +2315,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     arguments = _parse_arguments(argv)
     outlet = _set_up_logging(arguments.pop('level'))
     command = _COMMANDS[arguments.pop('command') or 'run']
-    given = {field: arguments.pop(field) for field in Settings._fields if field in arguments}
+    given = {field: arguments.pop(field) for field in Settings._fields}
     reconfigure = getattr(sys.stdout, 'reconfigure', None)  # since 3.7
     if reconfigure:
         reconfigure(errors='backslashreplace')  # a locale may know few letters
@@ -2374,48 +2345,38 @@ def _parse_arguments(argv: Optional[Sequence[str]]) -> Dict[str, Any]:
         'COMMAND --help lists its options. Exit codes: 0 fine; 1 Docker failed, or a fault was '
         'found; 2 bad usage or setting.'
     )
+    settings = Parser('broapt_compose', add_help=False)  # taken before the command and after it
+    _add_settings(settings, Settings._fields)
+    given, rest = settings.parse_known_args(argv)
     parser = Parser('broapt_compose', description=(__doc__ or '').split('\n')[0], epilog=epilog)
     parser.add_argument('-V', '--version', action='version', version='%(prog)s ' + __version__)
-    files: List[str] = []
-    _add_settings(parser, (), files)  # taken before the command, too, and without one
     commands = parser.add_subparsers(dest='command', metavar='COMMAND', title='commands')
     for name, command in _COMMANDS.items():
         own = commands.add_parser(name, help=command.text, description=command.text)
-        if name in (
-            sys.argv if argv is None else argv
-        ):  # the others can't be meant: that saves time
-            _add_settings(own, command.shown, files)
+        if name in rest:  # else nobody can ask for its help: that saves time
+            _add_settings(own, command.shown)
         for flag, how in command.arguments.items():
             own.add_argument(flag, **how)
-    arguments = {'level': logging.INFO, **vars(parser.parse_args(argv))}
-    if files:
-        arguments['docker_compose'] = files
-    return arguments
+    return {**vars(parser.parse_args(rest)), **vars(given)}
 
 
-def _add_settings(parser: Any, shown: Sequence[str], files: List[str]) -> None:
-    """Let the parser take all settings, and show some; the Compose files go to *files*."""
-    import argparse
-
-    hidden: Dict[str, Any] = {'help': argparse.SUPPRESS, 'default': argparse.SUPPRESS}
-    for flags, level, text in _LEVELS:
-        more = {**hidden, 'help': text} if shown else hidden
-        parser.add_argument(*flags.split(), dest='level', action='store_const', const=level, **more)
-    for field, option in _OPTIONS.items():
-        default = Settings._field_defaults[field]
+def _add_settings(parser: Any, fields: Sequence[str]) -> None:
+    level = {'dest': 'level', 'action': 'store_const', 'default': logging.INFO}
+    parser.add_argument('-v', '--verbose', const=logging.DEBUG, help='log every command', **level)
+    parser.add_argument(
+        '-q', '--quiet', const=logging.WARNING, help='log only warnings and errors', **level
+    )
+    for field in fields:
+        option, default = _OPTIONS[field], Settings._field_defaults[field]
         value = f'; default: {getattr(default, "value", default)}' if default else ''
-        more = dict(hidden)
-        if option.parse is _parse_files:
-            more['type'] = lambda name: files.append(name)  # 3.6 wants what can be hashed
-        if field in shown:
-            more['help'] = f'{option.help} (BROAPT_{field.upper()}{value})'
-        parser.add_argument(*option.flags.split(), dest=field, metavar=option.metavar, **more)
-
-
-_LEVELS = (
-    ('-v --verbose', logging.DEBUG, 'log every command'),
-    ('-q --quiet', logging.WARNING, 'log only warnings and errors'),
-)
+        *flags, metavar = option.usage.split()
+        parser.add_argument(
+            *flags,
+            dest=field,
+            metavar=metavar,
+            action='append' if field == 'docker_compose' else 'store',
+            help=f'{option.help} (BROAPT_{field.upper()}{value})',
+        )
 
 
 def _parse_span(text: str) -> float:
@@ -2423,7 +2384,7 @@ def _parse_span(text: str) -> float:
     import argparse
 
     found = re.fullmatch(r'(\d+)([smh])', text)
-    seconds = int(found.group(1)) * {'s': 1, 'm': 60, 'h': 3600}[found.group(2)] if found else 0
+    seconds = int(found[1]) * {'s': 1, 'm': 60, 'h': 3600}[found[2]] if found else 0
     if not 0 < seconds <= _LONGEST_HOLD:
         raise argparse.ArgumentTypeError(f'{text!r} is not a time {_SPAN}')
     return float(seconds)
@@ -2444,11 +2405,10 @@ def _run_until_signal(stack: _Stack) -> int:
     # Also where it is ignored, in the background of a script.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     register(settings)
-    usec = os.environ.get('WATCHDOG_USEC', '')
-    if usec.isdigit() and os.environ.get('WATCHDOG_PID') in (None, str(os.getpid())):
+    usec = int(os.environ.get('WATCHDOG_USEC') or 0)
+    if usec > 0:
         # Check twice as often as systemd wants to hear of it: sd_watchdog_enabled(3).
-        interval = min(settings.interval, max(int(usec), 1) / 2e6)
-        stack.settings = settings._replace(interval=interval)
+        stack.settings = settings._replace(interval=min(settings.interval, usec / 2e6))
     try:
         with _supervise(stack), contextlib.suppress(KeyboardInterrupt):
             name = signal.Signals(settings.kill_signal).name
@@ -2466,13 +2426,16 @@ def _notify(text: str) -> None:
     if address:
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
             sock.setblocking(False)
-            sock.sendto(text.encode(), '\0' + address[1:] if address.startswith('@') else address)
+            sock.sendto(text.encode(), re.sub('^@', '\0', address))
 
 
-def _look_once(stack: _Stack) -> Tuple[List[Container], List[Action]]:
-    """Return what is there, and each fault with what is done about it, for the eyes of people."""
+def _look_once(stack: _Stack) -> List[Action]:
+    """Return what is done about each container, well or not, and about each that is missing."""
     containers, services = stack.observe(), stack.get_services(stack.read_holds())
-    return containers, decide(containers, services, 0.0, History(), stack.settings)
+    actions = decide(containers, services, 0.0, History(), stack.settings)
+    faulty = [action.container for action in actions]
+    well = [c for c in containers if c not in faulty]
+    return [Action(Verb.LEAVE, c.service, c, c.condition, wanted=False) for c in well] + actions
 
 
 def _check(stack: _Stack, dry_run: bool) -> int:
@@ -2480,12 +2443,9 @@ def _check(stack: _Stack, dry_run: bool) -> int:
     UP_FLAG.value = True
     stack.open()
     if dry_run:
-        containers, actions = _look_once(stack)
-        for container in containers:
-            if container not in [action.container for action in actions]:
-                print(f'{container.label}: {container.condition}: nothing to do')
+        actions = _look_once(stack)
         for action in actions:
-            print(f'{action.label}: {action.cause}: {action.plan}')
+            print(f'{action.label}: {action.cause}: {action.plan or "nothing to do"}')
         return 1 if any(action.wanted for action in actions) else 0
     watch = _Watch(stack)
     with contextlib.closing(watch):
@@ -2494,12 +2454,12 @@ def _check(stack: _Stack, dry_run: bool) -> int:
             threading.Event().wait(stack.settings.settle)
             watch.cycle()
         while watch.busy:
-            watch.wake.wait(1.0)
-            watch.wake.clear()
-            watch.take_results()
+            for task in watch.tasks:
+                task.wait()
+            watch.take_results()  # that may begin something else
         if watch.outage is not None:
             return 1
-        left = [action for action in _look_once(stack)[1] if action.wanted]
+        left = [action for action in _look_once(stack) if action.wanted]
     for action in left:
         logger.warning('%s: %s: %s', action.label, action.cause, action.plan)
     return 1 if left or watch.failures else 0
@@ -2512,15 +2472,8 @@ def _status(stack: _Stack, as_json: bool) -> int:
         stack.open()
     except ComposeError as failure:
         error = str(failure)
-    containers, actions = _look_once(stack)
-    rows = [
-        _make_row(c, [a for a in actions if a.container is c], stack.engine.get_time())
-        for c in containers
-    ]
-    for action in actions:
-        if action.container is None:
-            row = {'service': action.service, 'state': action.cause}
-            rows.append({**row, 'fault': action.wanted, 'note': action.plan})
+    actions, now = _look_once(stack), stack.engine.get_time()
+    rows = [_make_row(action, now) for action in actions]
     rows.sort(key=lambda row: (row['service'], row.get('container', '')))
     ok = not error and not any(row['fault'] for row in rows)
     if as_json:
@@ -2533,61 +2486,54 @@ def _status(stack: _Stack, as_json: bool) -> int:
     return 0 if ok else 1
 
 
-def _make_row(container: Container, actions: Sequence[Action], now: float) -> Dict[str, Any]:
-    age = max(0, int(now - container.since)) if container.since else 0
-    return {
-        'service': container.service,
-        'container': container.name,
-        'id': container.id,
-        'state': container.condition,
-        'health': container.health,
-        'since': _describe_age(age) if container.since else '',
-        'watched': not container.left,
-        'fault': any(action.wanted for action in actions),
-        'note': '; '.join(action.plan for action in actions),
-    }
+def _make_row(action: Action, now: float) -> Dict[str, Any]:
+    row: Dict[str, Any] = {'service': action.service, 'state': action.cause}
+    container = action.container
+    if container is not None:
+        row.update(
+            container=container.name,
+            id=container.id,
+            state=container.condition,
+            health=container.health,
+            since=_describe_age(now - container.since) if container.since else '',
+            watched=not container.left,
+        )
+    return {**row, 'fault': action.wanted, 'note': action.plan}
 
 
-def _describe_age(seconds: int) -> str:
+def _describe_age(seconds: float) -> str:
     """Return a number of seconds in words, such as '5 minutes'."""
-    units = (('day', 86400), ('hour', 3600), ('minute', 60), ('second', 1))
-    count, unit = next(
-        ((seconds // size, unit) for unit, size in units if seconds >= size), (0, 'second')
-    )
-    return f'{count} {unit}' if count == 1 else f'{count} {unit}s'
+    for unit, size in (('day', 86400), ('hour', 3600), ('minute', 60), ('second', 1)):
+        count = int(seconds / size)
+        if count > 0:
+            return f'{count} {unit}' if count == 1 else f'{count} {unit}s'
+    return '0 seconds'
 
 
 def _print_table(rows: Sequence[Mapping[str, Any]]) -> None:
     columns = ('service', 'container', 'state', 'health', 'since', 'note')
-    table = [[name.upper() for name in columns]] + [
-        [row.get(name) or '-' for name in columns] for row in rows
-    ]
+    table = [[name.upper() for name in columns]]
+    table += [[row.get(name) or '-' for name in columns] for row in rows]
     widths = [max(map(len, column)) for column in zip(*table)]
     coloured = sys.stdout is not None and sys.stdout.isatty() and 'NO_COLOR' not in os.environ
-    for cells, fault in zip(table, [None, *(row['fault'] for row in rows)]):
-        line = '  '.join(cell.ljust(width) for cell, width in zip(cells, widths)).rstrip()
-        print(
-            f'\033[{31 if fault else 32}m{line}\033[0m' if coloured and fault is not None else line
-        )
+    for cells, row in zip(table, [{}, *rows]):
+        line = '  '.join(map(str.ljust, cells, widths)).rstrip()
+        if coloured and row:
+            line = f'\033[{31 if row["fault"] else 32}m{line}\033[0m'
+        print(line)
 
 
-def _find_names(stack: _Stack, names: Sequence[str]) -> List[str]:
-    """Return the services that are meant: these, or all. ValueError for one that there is not."""
+def _hold(stack: _Stack, names: Sequence[str], span: float) -> int:
+    """Have these services, or all, left alone for *span* seconds."""
     try:
         stack.open()
     except ComposeError as error:
         logger.warning('%s; so the containers tell the services', error)
-    known = {*stack.services, *(c.service for c in stack.observe())}
+    known = sorted({*stack.services, *(c.service for c in stack.observe())})
     for name in names:
         if name not in known:
-            raise ValueError(f'SERVICE: {name!r} is not one of {", ".join(sorted(known))}')
-    return sorted(names or known)
-
-
-def _hold(stack: _Stack, names: Sequence[str], span: float) -> int:
-    """Have services left alone for *span* seconds."""
-    until = time.time() + span
-    names = _find_names(stack, names)
+            raise ValueError(f'SERVICE: {name!r} is not one of {", ".join(known)}')
+    names, until = sorted(names or known), time.time() + span
     stack.write_holds({**stack.read_holds(), **dict.fromkeys(names, until)})
     for name in names:
         print(f'{name}: on hold until {_clock_time(until)}')
@@ -2613,9 +2559,13 @@ class _Command(NamedTuple):
 _LOOKING = ('docker_compose', 'timeout', 'unhealthy', 'compose_command')
 _SPAN = 'such as 90s, 30m or 2h, at most 24h'
 _NAMES = {'names': {'nargs': '*', 'metavar': 'SERVICE', 'help': 'none: all of them'}}
-_FOR = {'dest': 'span', 'type': _parse_span, 'metavar': 'TIME', 'default': 3600.0}
-_DRY = {'action': 'store_true', 'help': 'tell what would be done and why, and do nothing'}
-_JSON = {'dest': 'as_json', 'action': 'store_true', 'help': 'print one JSON document'}
+_FOR = {
+    'dest': 'span',
+    'type': _parse_span,
+    'metavar': 'TIME',
+    'default': '1h',
+    'help': f'{_SPAN} (default: %(default)s)',
+}
 _COMMANDS: Mapping[str, _Command] = {
     'run': _Command(
         _run_until_signal,
@@ -2626,16 +2576,24 @@ _COMMANDS: Mapping[str, _Command] = {
         _check,
         'look once, repair what is wrong, and exit',
         ('settle', *_LOOKING),
-        {'--dry-run': _DRY},
+        {
+            '--dry-run': {
+                'action': 'store_true',
+                'help': 'tell what would be done and why, and do nothing',
+            }
+        },
     ),
     'status': _Command(
-        _status, 'print a table of services and containers', _LOOKING, {'--json': _JSON}
+        _status,
+        'print a table of services and containers',
+        _LOOKING,
+        {'--json': {'dest': 'as_json', 'action': 'store_true', 'help': 'print one JSON document'}},
     ),
     'hold': _Command(
         _hold,
         'leave services alone for a while, to work on them by hand',
         _LOOKING,
-        {**_NAMES, '--for': {**_FOR, 'help': f'{_SPAN} (default: 1h)'}},
+        {**_NAMES, '--for': _FOR},
     ),
     'release': _Command(_release, 'watch them again', _LOOKING, _NAMES),
 }

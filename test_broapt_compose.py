@@ -1435,7 +1435,6 @@ def test_stream_that_cannot_be_written_to_is_no_matter(kind):
     outlet = bc._Outlet(stream)
     outlet.write('a')
     outlet.write(b'b')
-    outlet.flush()
     outlet.close()
     assert not outlet.thread.is_alive()
 
