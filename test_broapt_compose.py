@@ -6,6 +6,7 @@ import calendar
 import collections
 import contextlib
 import email.utils
+import fcntl
 import functools
 import glob
 import http.client
@@ -18,6 +19,7 @@ import pathlib
 import pickle
 import random
 import re
+import resource
 import select
 import shlex
 import shutil
@@ -1410,6 +1412,22 @@ def test_pipe_that_does_not_block_loses_no_line_untold(pipe):
         writer.close()
     dropped = [int(line.split()[0]) for line in text if 'were dropped' in line]
     assert len(text) - len(dropped) + sum(dropped) == 5000
+
+
+def test_stream_with_a_high_descriptor_is_written_like_any_other(pipe):
+    reader, writer = pipe
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < 2000:
+        pytest.skip('no descriptor above 1024 is to be had')
+    resource.setrlimit(resource.RLIMIT_NOFILE, (2000, hard))
+    try:
+        with open(fcntl.fcntl(writer, fcntl.F_DUPFD_CLOEXEC, 1500), 'w') as high:
+            outlet = bc._Outlet(high)
+            outlet.write('a line\n')
+            assert reader.readline() == b'a line\n'
+            outlet.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_forked_child_writes_by_itself(pipe):
@@ -3273,6 +3291,19 @@ def test_container_whose_network_is_gone_is_created_anew(world):
     assert summary(world)[-1] == 'compose up --detach --force-recreate --no-deps core'
     assert world.state('core1.2') == 'running' and 'core1' not in world.containers
     assert world.state('side1') == 'running'
+
+
+def test_files_are_read_anew_after_a_failed_up_although_no_container_is_left(world):
+    world.run('core')
+    with watch() as w:
+        run_cycle(w)
+        world.act('remove', 'core1', force='1')
+        world.services.clear()
+        world.declare('kernel')
+        world.command('compose up --detach --no-recreate --no-deps core', code=1, err='no core')
+        run_cycle(w)
+        run_cycle(w)
+    assert world.state('kernel1') == 'running'
 
 
 def test_sharer_of_a_removed_owner_is_created_anew_after_it(world):
@@ -5317,6 +5348,15 @@ def test_check_repairs_and_tells_by_its_exit_code_whether_it_could(world, comman
     world.fault('POST', status=500, message='no')
     assert command('check', '--settle', '0')[0] == 1
     assert summary(world) == ['unpause core1'] * 2
+
+
+def test_check_tries_what_else_may_help_before_it_ends(world, command):
+    world.run('core')
+    world.act('stop', 'core1')
+    world.fault('POST /containers/core1/start', status=500, message='network is gone', once=True)
+    assert command('check', '--settle', '0')[0] == 0
+    assert summary(world) == ['start core1', 'compose up --detach --no-deps core']
+    assert world.state('core1') == 'running'
 
 
 def test_check_brings_up_a_stack_that_was_never_up(world, command):
