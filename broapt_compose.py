@@ -223,6 +223,13 @@ class OnExit(enum.Enum):
     LEAVE = 'leave'
 
 
+class Mode(enum.Enum):
+    """What runs the containers."""
+
+    COMPOSE = 'compose'
+    SWARM = 'swarm'
+
+
 def _parse_files(value: Any) -> Tuple[str, ...]:
     if isinstance(value, str):
         value = value.split(os.pathsep)
@@ -320,6 +327,12 @@ _OPTIONS: Mapping[str, _Option] = {  # by field; the variable is BROAPT_ and the
         'stop or leave',
         'stop the containers at the end, or leave them running for the next watchdog',
     ),
+    'mode': _Option(
+        '--mode WHAT',
+        Mode,
+        'compose or swarm',
+        'run the stack by Compose on one machine, or by a Swarm on several',
+    ),
     'compose_command': _Option(
         '--compose-command CMD',
         _parse_command,
@@ -341,6 +354,7 @@ class Settings(NamedTuple):
     prune: Prune = Prune.PROJECT
     unhealthy: Unhealthy = Unhealthy.RESTART
     on_exit: OnExit = OnExit.STOP
+    mode: Mode = Mode.COMPOSE
     compose_command: Tuple[str, ...] = ()  # none: `docker compose`, or what stands in for it
 
     @classmethod
@@ -751,6 +765,7 @@ class State(enum.Enum):
     REMOVING = 'removing'
     EXITED = 'exited'
     DEAD = 'dead'
+    SHORT = 'left to Swarm'  # a service that lacks replicas
 
     @property
     def alive(self) -> bool:
@@ -1214,8 +1229,8 @@ def _going_on(how: str) -> Iterator[None]:
 class _Docker:
     """The two ways to Docker: the engine, and Compose as a command."""
 
-    def __init__(self, settings: Optional[Settings]) -> None:
-        self.settings = settings or Settings.load()
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
         self.command = self.settings.compose_command or ('docker', 'compose')
         at = self.command.index('compose') if 'compose' in self.command else 0
         self.docker = self.command[:at] or ('docker',)  # with the words that choose an engine
@@ -1313,7 +1328,7 @@ class _Docker:
 class _Project(_Docker):
     """One Compose project: what is declared, what is there, and what shall be left alone."""
 
-    def __init__(self, settings: Optional[Settings], notify: Callable[[str], Any] = str) -> None:
+    def __init__(self, settings: Settings, notify: Callable[[str], Any] = str) -> None:
         super().__init__(settings)
         self.notify = notify  # takes messages for the service manager
         self.project = ''  # its name
@@ -1380,7 +1395,8 @@ class _Project(_Docker):
     def _list(self, path: str, *labels: str) -> List[_Entry]:
         """Return the engine's list of what has these labels."""
         query = json.dumps({'label': labels})
-        found: List[_Entry] = self.engine.request('GET', path, all=1, filters=query)
+        # all: also what does not run; status: of a swarm's services
+        found: List[_Entry] = self.engine.request('GET', path, all=1, filters=query, status='true')
         return found
 
     def observe(self, named: Optional[Set[str]] = None) -> List[Container]:
@@ -1525,6 +1541,8 @@ def _clock_time(moment: float) -> str:
 
 class _Stack(_Project):
     """What can be done to a project: repairs, the beginning and the end."""
+
+    patience = 1e6  # seconds that a single check waits for a repair: it has its own deadline
 
     # -- repairs
 
@@ -1759,6 +1777,112 @@ class _Stack(_Project):
                 self.engine.request('POST', '/images/prune', filters=json.dumps(query))
 
 
+# -- the stack on a swarm --------------------------------------------------------------------------
+def _look_once(stack: _Stack) -> List[Action]:
+    """Return what is done about each container, well or not, and about each that is missing."""
+    containers, services = stack.observe(), stack.get_services(stack.read_holds())
+    actions = decide(containers, services, 0.0, History(), stack.settings)
+    faulty = [action.container for action in actions]
+    well = [c for c in containers if c not in faulty]
+    return [Action(Verb.LEAVE, c.service, c, c.condition, wanted=False) for c in well] + actions
+
+
+class _Swarm(_Stack):
+    """A stack on a swarm, which places, restarts and moves the containers itself.
+
+    Each service counts as one container, which runs when all of its replicas do.
+    """
+
+    patience = 15.0
+
+    def get_services(self, holds: Mapping[str, float]) -> Dict[str, Service]:
+        """Return the declared services as the records that observe() gives for them."""
+        services = super().get_services(holds)
+        for name, service in services.items():
+            if service.owners:  # `stack deploy` would drop that without a word
+                raise ValueError(f'{name}: Swarm can share no network_mode, pid or ipc')
+            services[name] = Service(left=service.left)
+        return services
+
+    def observe(self, *_: Any) -> List[Container]:
+        """Return all services of the stack. The only reader.
+
+        Tasks are counted here: the swarm's own count keeps those of a node that is down.
+        """
+        label = f'com.docker.stack.namespace={self.project}'
+        tasks = sorted(self._list('/tasks', label), key=lambda task: task['CreatedAt'])
+        if float(self.engine.request('GET', '/version')['ApiVersion']) < 1.41:
+            raise ValueError('--mode swarm takes an engine with API 1.41 or later')
+        containers = []
+        for entry in self._list('/services', label):
+            running, error = 0, 'starting'
+            for task in tasks:
+                if task['ServiceID'] == entry['ID']:
+                    running += task['Status']['State'] == task['DesiredState'] == 'running'
+                    error = task['Status'].get('Err', error)
+            name = entry['Spec']['Name'].partition(f'{self.project}_')[2]
+            desired = entry['ServiceStatus']['DesiredTasks']
+            state, note = State.RUNNING, f'{running}/{desired}'
+            if running < desired:
+                state, note = State.SHORT, f'{note}, {error}'
+            containers += [Container(entry['ID'], name, name, '', state, note=note)]
+        return containers
+
+    def compose(self, *arguments: str, **options: Any) -> str:
+        """Have `docker stack` do what Compose is asked for, and wait until Swarm has done it."""
+        if 'up' in arguments:
+            files = [f'--compose-file={file}' for file in self.settings.docker_compose]
+            # Else services that are there would get newer images.
+            self._call(
+                *self.docker, 'stack', 'deploy', '--resolve-image=changed', *files, self.project
+            )
+            tell = functools.lru_cache(None)(logger.info)  # each line once
+            end = time.monotonic() + _STEADY
+            while 'show' in options or time.monotonic() < end:  # the start has no deadline
+                actions = _look_once(self)
+                for container in [action.container for action in actions if action.container]:
+                    tell(f'{container.service} {container.note}')
+                if not any(action.wanted for action in actions):
+                    break
+                threading.Event().wait(0.5)
+        elif 'stop' in arguments:
+            self._call(*self.docker, 'stack', 'rm', self.project)
+            end = time.monotonic() + options['limit']
+            label = f'com.docker.stack.namespace={self.project}'
+            while time.monotonic() < end:
+                # Not those of finished jobs, which stay.
+                if not any(t['DesiredState'] == 'remove' for t in self._list('/tasks', label)):
+                    break
+                threading.Event().wait(0.5)
+        else:
+            return super().compose(*arguments, **options)
+        return ''
+
+    def post(self, what: str, container: Container) -> None:
+        """Tell that a service lacks replicas, and wait until it has had them for a while."""
+        _warn(f'{container.label}: {container.condition}')
+        looks = 0
+        while looks < 20:  # ten seconds: in a crash loop it runs now and then
+            threading.Event().wait(0.5)
+            looks += 1
+            if container.id in [action.key for action in _look_once(self) if action.wanted]:
+                looks = 0
+
+    def _is_alone(self) -> bool:
+        return False  # it is not known without the files
+
+    def _undo(self, before: Containers, *_: Any) -> None:
+        if not before:
+            self.stop()
+
+
+def _make_stack(settings: Optional[Settings]) -> _Stack:
+    settings = settings or Settings.load()
+    if settings.mode is Mode.SWARM:
+        return _Swarm(settings._replace(prune=Prune.NONE))
+    return _Stack(settings)
+
+
 # -- the watcher -----------------------------------------------------------------------------------
 # Where Docker says destroy, podman says remove.
 _EVENTS = 'create start kill die stop oom pause unpause destroy remove health_status'.split()
@@ -1827,6 +1951,8 @@ class _Watch:
         """Collect events until the flag is lowered, from one stream after the other."""
         label = f'{_PROJECT}={self.stack.project}'
         filters = json.dumps({'type': ['container'], 'event': _EVENTS, 'label': [label]})
+        if isinstance(self.stack, _Swarm):
+            filters = json.dumps({'scope': ['swarm']})  # tasks have no events
         while not self.over.is_set():
             began = self.clock()
             try:
@@ -2116,7 +2242,7 @@ def start_container(settings: Optional[Settings] = None) -> None:
     Raises ComposeError if Docker or Compose fails (what was created is removed then), ValueError
     for a bad setting.
     """
-    with contextlib.closing(_Stack(settings)) as stack:
+    with contextlib.closing(_make_stack(settings)) as stack:
         stack.start()
 
 
@@ -2126,7 +2252,7 @@ def stop_container(settings: Optional[Settings] = None) -> None:
     Raises ComposeError if it can't be stopped, ValueError for a bad setting; a failed clean-up is
     a ComposeWarning.
     """
-    with contextlib.closing(_Stack(settings)) as stack:
+    with contextlib.closing(_make_stack(settings)) as stack:
         stack.stop()
 
 
@@ -2136,7 +2262,7 @@ def watch_container(settings: Optional[Settings] = None) -> None:
     That Docker does not answer is a ComposeWarning, and it goes on trying. Raises ValueError for a
     bad setting.
     """
-    with contextlib.closing(_Stack(settings)) as stack:
+    with contextlib.closing(_make_stack(settings)) as stack:
         _Watch(stack).run()
 
 
@@ -2148,7 +2274,7 @@ def docker_compose(settings: Optional[Settings] = None) -> ContextManager[UpFlag
     clean-up, which no further signal interrupts. In a process forked inside, the end of the copied
     block does nothing.
     """
-    return _supervise(_Stack(settings))
+    return _supervise(_make_stack(settings))
 
 
 @contextlib.contextmanager
@@ -2320,7 +2446,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     if reconfigure:
         reconfigure(errors='backslashreplace')  # a locale may know few letters
     try:
-        code = command.run(_Stack(Settings.load(**given)), **arguments)
+        code = command.run(_make_stack(Settings.load(**given)), **arguments)
         print(end='', flush=True)
         return code
     except KeyboardInterrupt:
@@ -2429,15 +2555,6 @@ def _notify(text: str) -> None:
             sock.sendto(text.encode(), re.sub('^@', '\0', address))
 
 
-def _look_once(stack: _Stack) -> List[Action]:
-    """Return what is done about each container, well or not, and about each that is missing."""
-    containers, services = stack.observe(), stack.get_services(stack.read_holds())
-    actions = decide(containers, services, 0.0, History(), stack.settings)
-    faulty = [action.container for action in actions]
-    well = [c for c in containers if c not in faulty]
-    return [Action(Verb.LEAVE, c.service, c, c.condition, wanted=False) for c in well] + actions
-
-
 def _check(stack: _Stack, dry_run: bool) -> int:
     """Repair what is wrong, once it has settled; return 1 if a fault is left."""
     UP_FLAG.value = True
@@ -2453,9 +2570,9 @@ def _check(stack: _Stack, dry_run: bool) -> int:
         if watch.seen:
             threading.Event().wait(stack.settings.settle)
             watch.cycle()
-        while watch.busy:
+        for _ in range(2):
             for task in watch.tasks:
-                task.wait()
+                task.ended.wait(stack.patience)
             watch.take_results()  # that may begin something else
         if watch.outage is not None:
             return 1
@@ -2556,7 +2673,7 @@ class _Command(NamedTuple):
     arguments: Mapping[str, Mapping[str, Any]] = {}  # its own: flag or name -> how it is taken
 
 
-_LOOKING = ('docker_compose', 'timeout', 'unhealthy', 'compose_command')
+_LOOKING = ('docker_compose', 'timeout', 'unhealthy', 'mode', 'compose_command')
 _SPAN = 'such as 90s, 30m or 2h, at most 24h'
 _NAMES = {'names': {'nargs': '*', 'metavar': 'SERVICE', 'help': 'none: all of them'}}
 _FOR = {

@@ -329,6 +329,7 @@ class ScriptedEngine:
         self.project, self.folder, self.compose, self.api = 'shop', os.getcwd(), '2.26.1', 41
         self.clock, self.contexts = time.time, {'default': 'unix://' + self.path}
         self.services, self.config = {}, None  # config: the text that is printed instead
+        self.swarm = {'services': [], 'tasks': []}
         self.containers, self.networks, self.images, self.logs = {}, {}, {}, {}
         self.stale = {}  # what the list shows instead, by id
         self.log, self.events, self.children = [], collections.deque(maxlen=256), []
@@ -1079,6 +1080,7 @@ ROUTES = {
     'POST /containers/([^/]+)/(start|stop|restart|kill|pause|unpause)': ScriptedEngine.post,
     'DELETE /containers/([^/]+)': lambda world, query, id: world.post(query, id, 'remove'),
     'GET /events': ScriptedEngine.check_times,
+    'GET /(services|tasks)': lambda world, _, kind: world.swarm[kind],
     'GET /networks': ScriptedEngine.list_networks,
     'GET /networks/([^/]+)': ScriptedEngine.show_network,
     'DELETE /networks/([^/]+)': ScriptedEngine.remove_network,
@@ -1472,6 +1474,7 @@ def test_defaults_are_those_of_the_contract():
         'prune': bc.Prune.PROJECT,
         'unhealthy': bc.Unhealthy.RESTART,
         'on_exit': bc.OnExit.STOP,
+        'mode': bc.Mode.COMPOSE,
         'compose_command': (),
     }
 
@@ -1514,6 +1517,7 @@ def test_signal_is_a_number_or_a_name(value, number):
         ('prune', ['all']),
         ('unhealthy', ['stop']),
         ('on_exit', ['kill']),
+        ('mode', ['nomad']),
         ('compose_command', ["'", '', ' ', []]),
         ('docker_compose', ['/none/such.yml', '/', ['/none'], 'a\0b', 7, '', os.pathsep, ['']]),
     ],
@@ -3222,6 +3226,78 @@ def test_service_of_an_enabled_profile_is_expected_of_compose_1(old_world, way, 
     stack = bc._Stack(settings)
     stack.read_services()
     assert stack.services['debug'].scale == 1
+
+
+# -- the stack on a swarm --------------------------------------------------------------------------
+
+SWARM = FAST._replace(mode=bc.Mode.SWARM)
+
+
+def task(wanted, state, error=None, created=1, service='1'):
+    status = {'State': state, 'Err': error} if error else {'State': state}
+    moment = '2026-11-25T13:44:{:02}Z'.format(created)
+    return {'ServiceID': service, 'DesiredState': wanted, 'Status': status, 'CreatedAt': moment}
+
+
+RUNNING = task('running', 'running')
+FULL = 'no suitable node (insufficient resources on 3 nodes)'
+
+
+@pytest.mark.parametrize(
+    'tasks, condition',
+    [
+        ([RUNNING, RUNNING], 'running (2/2)'),
+        ([RUNNING, RUNNING, RUNNING], 'running (3/2)'),  # scaled down: the last one just ends
+        ([RUNNING], 'left to Swarm (1/2, starting)'),
+        ([RUNNING, task('running', 'running', service='2')], 'left to Swarm (1/2, starting)'),
+        ([RUNNING, task('shutdown', 'running')], 'left to Swarm (1/2, starting)'),  # its node died
+        ([RUNNING, task('ready', 'ready')], 'left to Swarm (1/2, starting)'),
+        ([RUNNING, task('running', 'pending', FULL)], 'left to Swarm (1/2, {})'.format(FULL)),
+        (
+            [
+                task('shutdown', 'failed', 'task: non-zero exit (4)', created=3),
+                task('shutdown', 'failed', 'task: non-zero exit (3)', created=2),
+                task('ready', 'ready', created=4),
+                RUNNING,
+            ],
+            'left to Swarm (1/2, task: non-zero exit (4))',
+        ),
+        ([RUNNING, RUNNING, task('shutdown', 'failed', 'exit (1)')], 'running (2/2)'),
+    ],
+)
+def test_replicas_are_those_tasks_that_run_and_shall_run(world, tasks, condition):
+    counts = {'RunningTasks': 2, 'DesiredTasks': 2}  # also of a node that is down
+    world.swarm['services'].append(
+        {'ID': '1', 'Spec': {'Name': 'shop_core'}, 'ServiceStatus': counts}
+    )
+    world.swarm['tasks'] = tasks
+    world.declare('core')
+    with contextlib.closing(bc._make_stack(SWARM)) as stack:
+        stack.open()
+        (container,) = stack.observe()
+        assert (container.service, container.condition) == ('core', condition)
+    own = json.dumps({'label': ['com.docker.stack.namespace=shop']})
+    asked = [line for line in map(str, world.log) if re.match('GET /(tasks|services)', line)]
+    assert [parse_query(line)['filters'] for line in asked] == [own, own]
+
+
+@pytest.mark.parametrize('prune', list(bc.Prune))
+def test_nothing_is_pruned_where_a_swarm_runs_the_stack(world, prune):
+    with contextlib.closing(bc._make_stack(SWARM._replace(prune=prune))) as stack:
+        stack._clean_up([])
+    assert world.changes() == []
+
+
+def test_engine_that_is_too_old_for_the_mode_is_told_before_anything_is_changed(world, command):
+    world.api = 40
+    world.declare('core')
+    for words in (['check'], ['status'], ['run']):
+        code, _, errors = command(*words, '--mode', 'swarm')
+        assert (code, errors.splitlines()[-1]) == (
+            2,
+            'broapt_compose: --mode swarm takes an engine with API 1.41 or later',
+        )
+    assert world.changes() == []
 
 
 # -- the watcher -----------------------------------------------------------------------------------
@@ -4996,7 +5072,7 @@ def test_missing_docker_is_one_line_and_exit_code_1(world, command):
 
 OPTIONS = {
     'run': ['--file', '--interval', '--signal', '--watcher', '--settle', '--timeout', '--prune']
-    + ['--unhealthy', '--on-exit', '--compose-command'],
+    + ['--unhealthy', '--on-exit', '--mode', '--compose-command'],
     'check': ['--dry-run', '--file', '--settle', '--timeout', '--unhealthy']
     + ['--compose-command'],
     'status': ['--json', '--file', '--timeout', '--unhealthy', '--compose-command'],
@@ -5016,7 +5092,7 @@ def test_each_command_has_its_own_help_with_only_what_it_takes(command, name):
     assert 'SERVICE' in out or name not in ('hold', 'release')
 
 
-SHARED = {'--file', '--docker-compose', '--timeout', '--unhealthy', '--compose-command'}
+SHARED = {'--file', '--docker-compose', '--timeout', '--unhealthy', '--mode', '--compose-command'}
 
 
 def test_help_names_the_unit_of_each_value_and_its_default_and_variable(command):
@@ -9315,3 +9391,434 @@ def test_unit_that_leaves_its_containers_is_upgraded_without_a_pause_of_theirs(m
             manager.show('Result', 'ExecMainStatus') == ['success', '0']
             and project_2.look() == before
         )
+
+
+# -- on a real engine: a swarm of three ------------------------------------------------------------
+
+MACHINE = """\
+hostname {name}
+mkdir -p {private} && for folder in {private}; do mount -t tmpfs none $folder || exit; done
+read go && exec docker-init -- dockerd {options} >>{folder}/log 2>&1
+"""
+# What an engine would share with the machine's first one: sandboxes, shims' sockets, its key.
+PRIVATE = ('/run/docker', '/run/containerd', '/etc/docker')
+TASK = 'image: busybox, command: sleep 10000, stop_signal: SIGKILL'
+ON_SWARM = 'services:\n  core: {%s, deploy: {replicas: 3}}\n  side: {%s}\n' % (TASK, TASK)
+ON_SWARM += 'networks: {default: {external: true, name: host}}\n'  # an overlay takes longer
+
+
+def unshare(*command, **kwargs):
+    """Start a command with a network and mounts of its own, which end with it."""
+    command = ['unshare', '--net', '--mount', '--propagation=private', *command]
+    return subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL, **kwargs)
+
+
+def inside(process, *command):
+    """Run a command in that process's network."""
+    return call('nsenter', '--net=/proc/{}/ns/net'.format(process.pid), *command)
+
+
+class Machine:
+    """Namespaces with an engine: the end of their first process is the end of all others."""
+
+    def __init__(self, folder, number, switch):
+        self.name, self.address = 'node{}'.format(number), '10.231.7.{}/24'.format(number)
+        self.switch, self.folder, self.links = switch, folder / self.name, 0
+        self.folder.mkdir()
+        self.group = '{}-{}'.format(folder.name, self.name)
+        self.environment = dict(os.environ, DOCKER_HOST='unix://{}'.format(self.folder / 'socket'))
+        self.process = self.init = None
+
+    def docker(self, *arguments, **kwargs):
+        return call('docker', *arguments, env=self.environment, **kwargs)
+
+    def start(self):
+        """Boot it; return when its engine answers."""
+        (self.folder / 'settings').write_text('{}')
+        for name in ('pidfile', 'exec-root'):  # as /run is empty after a boot
+            shutil.rmtree(str(self.folder / name), ignore_errors=True)
+            with contextlib.suppress(OSError):
+                (self.folder / name).unlink()
+        options = ['--host=' + self.environment['DOCKER_HOST'], '--cgroup-parent=/' + self.group]
+        options.append('--config-file={}'.format(self.folder / 'settings'))
+        for name in ('data-root', 'exec-root', 'pidfile'):
+            options.append('--{}={}'.format(name, self.folder / name))
+        text = MACHINE.format(
+            name=self.name,
+            private=' '.join(PRIVATE),
+            options=' '.join(options),
+            folder=self.folder,
+        )
+        apart = ('--uts', '--pid', '--fork', '--kill-child', '--mount-proc')
+        self.process = unshare(*apart, 'sh', '-c', text, stdin=subprocess.PIPE)
+        children = pathlib.Path('/proc/{0}/task/{0}/children'.format(self.process.pid))
+        if not eventually(lambda: self.process.poll() is not None or children.read_text()):
+            raise OSError('no namespaces')
+        self.init = int(children.read_text())
+        self.plug_in()
+        self.process.stdin.write(b'go\n')
+        self.process.stdin.close()
+        quiet = {'stdout': subprocess.DEVNULL, 'stderr': subprocess.DEVNULL}
+        answers = partial(subprocess.call, ['docker', 'version'], env=self.environment, **quiet)
+        assert eventually(lambda: answers() == 0, 60), (self.folder / 'log').read_text()[-2000:]
+
+    def plug_in(self):
+        self.links += 1  # the link of a dead machine lingers for a moment
+        port = '{}-{}'.format(self.name, self.links)
+        peer = ('type', 'veth', 'peer', 'name', 'eth0', 'netns', str(self.process.pid))
+        inside(self.switch, 'ip', 'link', 'add', port, *peer)
+        inside(self.switch, 'ip', 'link', 'set', port, 'master', 'switch', 'up')
+        inside(self.process, 'ip', 'address', 'add', self.address, 'dev', 'eth0')
+        for device in ('lo', 'eth0'):
+            inside(self.process, 'ip', 'link', 'set', device, 'up')
+
+    def end(self, signum):
+        """End its engine by this signal, and so all of it; SIGKILL: it loses its power."""
+        if self.process is not None:
+            with contextlib.suppress(ProcessLookupError, TypeError):
+                os.kill(self.init, signum)
+            self.process.wait(60)
+        self.process = None
+
+    def clean_up(self):
+        self.end(signal.SIGKILL)
+        for controller in (CGROUPS, *CGROUPS.iterdir()):  # version 2, version 1
+            for folder, _, _ in os.walk(str(controller / self.group), topdown=False):
+                with contextlib.suppress(OSError):
+                    os.rmdir(folder)
+
+
+class Swarm:
+    """Three machines on a switch; the first is the manager. All have the image busybox."""
+
+    def __init__(self):
+        self.folder = pathlib.Path(tempfile.mkdtemp(prefix='bs'))  # a socket's path has to be short
+        self.switch, self.machines = None, []
+
+    def __enter__(self):
+        try:
+            plug = 'ip link add switch up type bridge && echo && exec sleep 3600'
+            self.switch = unshare('sh', '-c', plug, stdout=subprocess.PIPE)
+            if not self.switch.stdout.readline():
+                raise OSError('no network')
+            for number in (1, 2, 3):
+                self.machines.append(Machine(self.folder, number, self.switch))
+                self.machines[-1].start()
+                copy_image(self.folder, self.machines[-1].environment)
+            self.manager = self.machines[0]
+            address = self.manager.address[:-3]
+            options = ('--advertise-addr', address, '--dispatcher-heartbeat', '1s')
+            self.manager.docker('swarm', 'init', *options)
+            token = self.manager.docker('swarm', 'join-token', '--quiet', 'worker').strip()
+            for machine in self.machines[1:]:
+                machine.docker('swarm', 'join', '--token', token, address)
+            assert eventually(self.is_whole, 60)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_):
+        for machine in self.machines:
+            machine.clean_up()
+        if self.switch is not None:
+            self.switch.kill()
+            self.switch.communicate()
+        shutil.rmtree(str(self.folder), ignore_errors=True)
+
+    def is_whole(self):
+        states = self.manager.docker('node', 'ls', '--format', '{{.Status}}', code=None)
+        return states.split() == ['Ready'] * 3
+
+
+@pytest.fixture(scope='module')
+def swarm(engine):
+    if os.geteuid() or not all(map(find_program, ('unshare', 'nsenter', 'ip', 'docker-init'))):
+        pytest.skip('optional: needs root, util-linux, iproute2 and docker-init')
+    try:
+        context = Swarm().__enter__()
+    except OSError as error:
+        pytest.skip('optional: {} of its own to be had here'.format(error))
+    with contextlib.ExitStack() as stack:
+        stack.push(context.__exit__)
+        yield context
+
+
+class Deployed(Project):
+    """A stack of its own on the swarm."""
+
+    def __init__(self, folder, swarm):
+        super().__init__(folder, COMPOSE['Compose 2'], swarm.manager.environment)
+        self.swarm = swarm
+        self.write(ON_SWARM)
+
+    def options(self, *more):
+        return [*super().options(), '--mode', 'swarm', '--interval', '1', *more]
+
+    def ids(self, *services):
+        """Ids of the tasks that run (of these services), with the machine of each."""
+        form = '{{.Name}} {{.ID}} {{.Node}} {{.CurrentState}}'
+        lines = self.docker('stack', 'ps', '--no-trunc', '--format', form, self.name, code=None)
+        tasks = [line.split() for line in lines.splitlines()]
+        names = ['{}_{}'.format(self.name, service) for service in services]
+        return sorted(
+            (ident, node)
+            for name, ident, node, state, *_ in tasks
+            if state == 'Running' and (not names or name.partition('.')[0] in names)
+        )
+
+    def counts(self):
+        """Return service -> 'running/desired', as Swarm tells."""
+        own = '--filter=label=com.docker.stack.namespace=' + self.name
+        form = '{{.Name}} {{.Replicas}}'
+        lines = self.docker('service', 'ls', '--format', form, own).splitlines()
+        return {line.split()[0][len(self.name) + 1 :]: line.split()[1] for line in lines}
+
+    def is_well(self, services=(('core', '3/3'), ('side', '1/1'))):
+        return self.counts() == dict(services)
+
+    def act(self, *words):
+        """Do something to a service by hand: the last word is its name."""
+        return self.docker('service', *words[:-1], '{}_{}'.format(self.name, words[-1]))
+
+    def run(self, *words, environment=None):
+        """Return exit code, output and errors of a command of the watchdog."""
+        result = subprocess.run(
+            [sys.executable, str(MODULE), *words, *self.options()],
+            env=environment or self.environment,
+            cwd=str(self.folder),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            universal_newlines=True,
+            timeout=120,
+        )
+        return result.returncode, result.stdout, result.stderr
+
+    def remove(self):
+        self.docker('stack', 'rm', self.name)
+        assert eventually(lambda: not self.ids(), 60)
+
+
+@pytest.fixture
+def deployed(swarm, tmp_path):
+    for machine in swarm.machines:
+        if machine.process is None:
+            machine.start()
+    assert eventually(swarm.is_whole, 90)
+    project = Deployed(tmp_path, swarm)
+    yield project
+    project.remove()
+
+
+def finds(host, pattern, seconds=30.0):
+    """Return whether the pattern comes to stand in the log."""
+    return eventually(lambda: re.search(pattern, host.log()), seconds)
+
+
+@needs_docker
+def test_stack_on_a_swarm_is_waited_for_and_gone_after_the_signal(deployed):
+    job = '  job: {image: busybox, command: "true", deploy: {mode: replicated-job}'
+    job += ', labels: {broapt.watch: "false"}}\n'  # else it would be waited for
+    volumes = "side: {volumes: ['data:/data'], "
+    deployed.write(ON_SWARM.replace('side: {', volumes).replace('networks', job + 'networks'))
+    with deployed.file.open('a') as file:
+        file.write('volumes: {data: {}}\n')
+    began = time.monotonic()
+    with deployed.watchdog() as watchdog:
+        before = watchdog.log().partition('the stack is up')[0]
+        assert 'INFO core 3/3\n' in before and 'INFO side 1/1\n' in before, before
+        code, table, _ = deployed.run('status')
+        assert code == 0 and re.search(r'\ncore .* running \(3/3\)', table), table
+        assert 'WARNING' not in watchdog.log(), watchdog.log()
+    assert deployed.counts() == {} and time.monotonic() - began < 60  # a finished job holds up none
+    volumes = [m.docker('volume', 'ls', '--quiet') for m in deployed.swarm.machines]
+    assert ''.join(volumes).split().count(deployed.name + '_data') == 1
+
+
+@needs_docker
+def test_start_that_waits_for_replicas_tells_what_hinders_them_and_is_ended_by_the_signal(deployed):
+    deployed.write(
+        ON_SWARM.replace('replicas: 3', 'placement: {constraints: [node.labels.none == 1]}')
+    )
+    command = [sys.executable, str(MODULE), 'run', *deployed.options()]
+    with Host(command, deployed.folder / 'log', env=deployed.environment) as host:
+        told = 'INFO core 0/1, no suitable node (scheduling constraints not satisfied on 3 nodes)'
+        assert host.says(told) and host.says('INFO side 1/1'), host.log()
+        code, _, errors = deployed.run('check')  # that has no such patience
+        assert code == 1 and 'WARNING core: left to Swarm (0/1, no suitable' in errors, errors
+        assert 'the stack is up' not in host.log()
+        host.process.terminate()
+        assert host.process.wait(60) == 0, host.log()
+    assert (deployed.counts(), deployed.ids()) == ({}, [])
+
+
+@needs_docker
+def test_start_that_fails_on_a_swarm_is_undone(deployed):
+    deployed.write(ON_SWARM.replace('{external: true, name: host}', '{driver: bridge}'))
+    code, _, errors = deployed.run('run', '--quiet')
+    assert code == 1 and 'Only networks scoped to the swarm' in errors.splitlines()[-1], errors
+    assert deployed.counts() == {} and deployed.name not in deployed.docker('network', 'ls')
+
+
+@needs_docker
+@pytest.mark.parametrize('watcher', ['thread', 'process'])
+def test_service_removed_from_a_swarm_is_deployed_again_and_no_other_is_touched(deployed, watcher):
+    with deployed.watchdog('--watcher', watcher, '--interval', '3600') as watchdog:
+        core = deployed.ids('core')
+        deployed.act('rm', 'side')
+        assert watchdog.says('INFO side: missing -> created'), watchdog.log()
+        assert deployed.is_well() and deployed.ids('core') == core
+        assert 'WARNING' not in watchdog.log()
+        if watcher == 'process':
+            return
+        deployed.act('scale', '--detach', 'core=4')  # that is no fault
+        assert eventually(lambda: deployed.counts()['core'] == '4/4')
+        assert deployed.run('check')[0] == 0 and deployed.counts()['core'] == '4/4'
+
+
+@needs_docker
+def test_shortage_on_a_swarm_is_one_warning_with_its_cause_and_one_line_at_its_end(deployed):
+    short = 'side: left to Swarm (0/1, task: non-zero exit (3))'
+    with deployed.watchdog('--settle', '3') as watchdog:
+        update = ('update', '--detach', '--update-order', 'start-first', '--args')
+        deployed.act(*update, 'sh -c "sleep 1; exit 3"', '--restart-delay', '5s', 'side')
+        assert watchdog.says('WARNING ' + short), watchdog.log()
+        assert eventually(lambda: short[6:] in deployed.run('status')[1])
+        code, text, _ = deployed.run('check', '--dry-run')
+        assert code == 1 and 'core: running (3/3): nothing to do' in text, text
+        looks = threading.Event()
+        assert not looks.wait(7)  # each of its replicas runs for a moment
+        deployed.act(*update, 'sleep 1000', 'side')
+        assert watchdog.says('INFO {} -> started'.format(short)), watchdog.log()
+        told = watchdog.log().partition('up and watched')[2]
+        assert (told.count('WARNING'), told.count('side')) == (1, 2), told
+
+
+@needs_docker
+def test_replicas_of_a_machine_that_dies_run_elsewhere_and_the_watchdog_goes_on(deployed):
+    at_once = '{replicas: 3, restart_policy: {delay: 0s}}'
+    deployed.write(ON_SWARM.replace('{replicas: 3}', at_once))
+    with deployed.watchdog('--interval', '3600') as watchdog:
+        deployed.swarm.machines[2].end(signal.SIGKILL)
+        assert finds(watchdog, r'WARNING \w+: left to Swarm \(\d/\d, starting\)'), watchdog.log()
+        assert finds(watchdog, r'INFO \w+: left to Swarm .* -> started'), watchdog.log()
+        alive = [node for _, node in deployed.ids() if node != 'node3']
+        assert len(alive) == 4, deployed.ids()
+        deployed.act('rm', 'side')
+        assert watchdog.says('INFO side: missing -> created'), watchdog.log()
+        deployed.swarm.machines[2].start()
+        assert eventually(deployed.swarm.is_whole, 60)
+
+
+@needs_docker
+def test_service_of_a_swarm_on_hold_or_labelled_is_not_deployed_again(deployed):
+    alone = '  alone: {%s, labels: {broapt.watch: "false"}}\n' % TASK
+    deployed.write(ON_SWARM.replace('networks:', alone + 'networks:'))
+    with deployed.watchdog() as watchdog:
+        assert deployed.run('hold', 'side', '--for', '10m')[0] == 0
+        deployed.act('rm', 'side')
+        deployed.act('rm', 'alone')
+        code, table, _ = deployed.run('status')
+        assert code == 0 and 'on hold until' in table and 'labelled' in table, table
+        looks = threading.Event()
+        assert not looks.wait(2) and list(deployed.counts()) == ['core'], watchdog.log()
+        assert deployed.run('release')[0] == 0
+        assert eventually(lambda: 'side' in deployed.counts()), watchdog.log()
+
+
+@needs_docker
+def test_stack_left_on_a_swarm_is_taken_over_and_check_deploys_what_it_lacks(deployed):
+    with deployed.watchdog('--on-exit', 'leave') as watchdog:
+        before = deployed.ids()
+        watchdog.process.terminate()
+        assert watchdog.process.wait(60) == 0 and deployed.ids() == before
+        deployed.act('rm', 'side')
+        assert deployed.run('status')[0] == 1 and deployed.run('check')[0] == 0
+        assert deployed.is_well()
+        with deployed.watchdog():
+            core = [task for task in before if task in deployed.ids()]
+            assert len(core) >= 3
+
+
+@needs_docker
+def test_host_runs_its_stack_on_a_swarm_by_the_environment_alone(deployed):
+    shutil.copy(str(MODULE), str(deployed.folder / 'compose.py'))
+    deployed.write(ON_SWARM.replace('core', 'app').replace('replicas: 3', 'replicas: 2'))
+    const = 'DOCKER_COMPOSE = {!r}\nINTERVAL = 1\nKILL_SIGNAL = 15\n'.format(str(deployed.file))
+    (deployed.folder / 'const.py').write_text(const)
+    (deployed.folder / 'daemon.py').write_text(SWARM_HOST)
+    own = {'COMPOSE_PROJECT_NAME': deployed.name, 'BROAPT_MODE': 'swarm'}
+    kwargs = {'env': dict(deployed.environment, **own), 'cwd': str(deployed.folder)}
+    with Host([sys.executable, 'daemon.py'], deployed.folder / 'log', **kwargs) as host:
+        assert host.says('up\n', seconds=60), host.log()
+        assert deployed.is_well([('app', '2/2'), ('side', '1/1')])
+        deployed.act('rm', 'app')
+        assert host.says('app: missing -> created'), host.log()
+        assert deployed.is_well([('app', '2/2'), ('side', '1/1')])
+        host.process.terminate()
+        assert host.process.wait(60) == 0 and host.log().endswith('after\n'), host.log()
+    assert (deployed.counts(), deployed.ids()) == ({}, [])
+
+
+SWARM_HOST = """
+import logging, threading
+from compose import docker_compose, register
+
+logging.basicConfig(level=logging.INFO)
+register()
+with docker_compose():
+    print('up', flush=True)
+    try:
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        pass
+print('after', flush=True)
+"""
+
+
+@needs_docker
+@pytest.mark.parametrize(
+    'service, told',
+    [
+        ('{build: .}', 'core: no image specified'),
+        (
+            '{image: busybox, depends_on: {side: {condition: service_healthy}}}',
+            'services.core.depends_on must be a list',
+        ),
+        (
+            "{image: busybox, network_mode: 'service:side'}",
+            'core: Swarm can share no network_mode, pid or ipc',
+        ),
+    ],
+)
+def test_file_that_a_swarm_can_not_take_is_one_line_and_changes_nothing(deployed, service, told):
+    deployed.write('services:\n  core: {}\n  side: {{{}}}\n'.format(service, TASK))
+    code, _, errors = deployed.run('run', '--quiet')
+    assert code in (1, 2) and told in errors, errors
+    assert len(errors.splitlines()) == 1, errors
+    assert deployed.counts() == {} and deployed.name not in deployed.docker('network', 'ls')
+
+
+@needs_docker
+def test_engine_that_is_no_manager_is_one_line(deployed):
+    for words in (['run', '--quiet'], ['check'], ['status']):
+        code, _, errors = deployed.run(*words, environment=deployed.swarm.machines[1].environment)
+        assert code == 1 and len(errors.splitlines()) == 1 and 'manager' in errors, errors
+    assert deployed.counts() == {}
+
+
+@needs_docker
+def test_restart_of_the_manager_is_an_outage_that_is_told_once(deployed):
+    manager = deployed.swarm.manager
+    # The workers need half a minute to come back; so this test is the last one.
+    there = '{deploy: {placement: {constraints: [node.role == manager]}}, image'
+    deployed.write(ON_SWARM.replace(', deploy: {replicas: 3}', '').replace('{image', there))
+    with deployed.watchdog() as watchdog:
+        manager.end(signal.SIGTERM)
+        assert watchdog.says('WARNING Docker does not answer'), watchdog.log()
+        manager.start()
+        assert watchdog.says('INFO Docker answers again, after '), watchdog.log()
+        deployed.act('rm', 'side')
+        assert finds(watchdog, 'INFO side: missing -> created'), watchdog.log()
+        assert watchdog.log().count('Docker does not answer') == 1, watchdog.log()
+        assert 'Traceback' not in watchdog.log(), watchdog.log()
