@@ -1402,29 +1402,33 @@ class _Project(_Docker):
     def observe(self, named: Optional[Set[str]] = None) -> List[Container]:
         """Return all containers of the project but one-offs, newest first. The only reader.
 
-        One list, and an inspect for each container that is new, among the *named* (None: all are),
-        or not plainly running: right after an event, the list may still show what was before.
+        *named*: those that events have named; None: any may have changed in any way.
         """
         if not self.project:
             self.find_project()
-        if not self.project:
-            return []
         try:
-            entries = self._list('/containers/json', f'{_PROJECT}={self.project}')
-            entries.sort(key=lambda entry: -int(entry['Created']))
-            services = [e for e in entries if e['Labels'].get(_ONE_OFF) != 'True']
-            copies = [e for e in services if self._is_copy(e)]
-            self.copies = [e['Labels'].get(_SERVICE) for e in copies]
-            own = [e for e in services if e not in copies]
-            self.files = own[0]['Labels'].get(_FILES, '').split(',') if own else []
-            _in_parallel(self._note, [e for e in own if self._is_stale(e, named)])
-            containers = [self.known[e['Id']] for e in own if e['Id'] in self.known]
-            self.known = {c.id: c for c in containers}
-            there = self._find_there(containers, entries)
-            return [c._replace(lost=_find_loss(c, there)) for c in containers]
+            return self._look(named) if self.project else []
         except _MISREAD as error:
             path = ('GET', '/containers')
             raise ComposeError(path, None, '', f'its answer is not understood: {error!r}') from None
+
+    def _look(self, named: Optional[Set[str]]) -> List[Container]:
+        """Take one list, and inspect each container that is new, named, or not plainly running.
+
+        For right after an event, the list may still show what was before.
+        """
+        entries = self._list('/containers/json', f'{_PROJECT}={self.project}')
+        entries.sort(key=lambda entry: -int(entry['Created']))
+        services = [e for e in entries if e['Labels'].get(_ONE_OFF) != 'True']
+        copies = [e for e in services if self._is_copy(e)]
+        self.copies = [e['Labels'].get(_SERVICE) for e in copies]
+        own = [e for e in services if e not in copies]
+        self.files = own[0]['Labels'].get(_FILES, '').split(',') if own else []
+        _in_parallel(self._note, [e for e in own if self._is_stale(e, named)])
+        containers = [self.known[e['Id']] for e in own if e['Id'] in self.known]
+        self.known = {c.id: c for c in containers}
+        there = self._find_there(containers, entries)
+        return [c._replace(lost=_find_loss(c, there)) for c in containers]
 
     def _is_stale(self, entry: _Entry, named: Optional[Set[str]]) -> bool:
         """Tell whether more than the list must be asked about a container."""
@@ -1804,15 +1808,15 @@ class _Swarm(_Stack):
             services[name] = Service(left=service.left)
         return services
 
-    def observe(self, *_: Any) -> List[Container]:
-        """Return all services of the stack. The only reader.
+    def _look(self, *_: Any) -> List[Container]:
+        """Return the services of the stack.
 
         Tasks are counted here: the swarm's own count keeps those of a node that is down.
         """
         label = f'com.docker.stack.namespace={self.project}'
-        tasks = sorted(self._list('/tasks', label), key=lambda task: task['CreatedAt'])
         if float(self.engine.request('GET', '/version')['ApiVersion']) < 1.41:
-            raise ValueError('--mode swarm takes an engine with API 1.41 or later')
+            raise ComposeError(('--mode', 'swarm'), None, '', 'it takes an engine with API 1.41')
+        tasks = sorted(self._list('/tasks', label), key=lambda task: task['CreatedAt'])
         containers = []
         for entry in self._list('/services', label):
             running, error = 0, 'starting'
@@ -1837,23 +1841,22 @@ class _Swarm(_Stack):
                 *self.docker, 'stack', 'deploy', '--resolve-image=changed', *files, self.project
             )
             tell = functools.lru_cache(None)(logger.info)  # each line once
-            end = time.monotonic() + _STEADY
-            while 'show' in options or time.monotonic() < end:  # the start has no deadline
+            # The start has no deadline.
+            for step in _count_down(math.inf if 'show' in options else _STEADY):
                 actions = _look_once(self)
                 for container in [action.container for action in actions if action.container]:
                     tell(f'{container.service} {container.note}')
                 if not any(action.wanted for action in actions):
                     break
-                threading.Event().wait(0.5)
+                threading.Event().wait(step)
         elif 'stop' in arguments:
             self._call(*self.docker, 'stack', 'rm', self.project)
-            end = time.monotonic() + options['limit']
             label = f'com.docker.stack.namespace={self.project}'
-            while time.monotonic() < end:
+            for step in _count_down(options['limit']):
                 # Not those of finished jobs, which stay.
                 if not any(t['DesiredState'] == 'remove' for t in self._list('/tasks', label)):
                     break
-                threading.Event().wait(0.5)
+                threading.Event().wait(step)
         else:
             return super().compose(*arguments, **options)
         return ''

@@ -3288,15 +3288,17 @@ def test_nothing_is_pruned_where_a_swarm_runs_the_stack(world, prune):
     assert world.changes() == []
 
 
-def test_engine_that_is_too_old_for_the_mode_is_told_before_anything_is_changed(world, command):
+def test_engine_that_is_too_old_for_the_mode_is_told_before_anything_is_changed(
+    world, command, caplog
+):
     world.api = 40
     world.declare('core')
     for words in (['check'], ['status'], ['run']):
+        caplog.clear()
         code, _, errors = command(*words, '--mode', 'swarm')
-        assert (code, errors.splitlines()[-1]) == (
-            2,
-            'broapt_compose: --mode swarm takes an engine with API 1.41 or later',
-        )
+        told = [*errors.splitlines(), *caplog.messages]
+        assert code == 1 and len(told) == 1
+        assert told[0].endswith('--mode swarm: it takes an engine with API 1.41')
     assert world.changes() == []
 
 
