@@ -234,9 +234,11 @@ def _parse_files(value: Any) -> Tuple[str, ...]:
     if isinstance(value, str):
         value = value.split(os.pathsep)
     names = [value] if isinstance(value, os.PathLike) else value
-    files = tuple(os.path.abspath(os.fsdecode(name)) for name in names)
+    files = tuple(os.path.abspath(os.fsdecode(name)) for name in names if name)
     for file in files:
         open(file, 'rb').close()
+    if names and not files:
+        raise ValueError
     return files
 
 
@@ -250,8 +252,8 @@ _parse_positive = functools.partial(_parse_seconds, least=sys.float_info.min)
 
 
 def _parse_signal(value: Any) -> int:
-    if isinstance(value, str) and not value.isdigit():
-        value = signal.Signals['SIG' + re.sub('^SIG', '', value.upper())]
+    if isinstance(value, str) and not value.strip().isdigit():
+        value = signal.Signals['SIG' + re.sub('^SIG', '', value.strip().upper())]
     number = signal.Signals(int(value))
     if number in (signal.SIGKILL, signal.SIGSTOP):
         raise ValueError
@@ -488,13 +490,15 @@ def _explain(error: Exception) -> str:
 def _count_down(limit: float) -> Iterator[float]:
     """Give how long to wait next, until *limit* seconds are over; being stopped doesn't count.
 
-    In steps, as who was stopped while he waited has to look again: meanwhile data may have come.
+    In steps, and once more at the end: who was stopped while he waited has to look again, for
+    meanwhile data may have come.
     """
     longest = min(1.0, limit / 8)
     while limit > 0:
         step, began = min(limit, longest), time.monotonic()
         yield step
         limit -= min(step, time.monotonic() - began)
+    yield 0.001
 
 
 def _cut(sock: socket.socket) -> None:
@@ -1360,8 +1364,11 @@ class _Project(_Docker):
 
     def get_stamp(self) -> List[float]:
         """Return when each of the Compose files was last written."""
-        files = self.settings.docker_compose or self.files
-        return [os.path.getmtime(file) for file in files if os.path.exists(file)]
+        times = []
+        for file in self.settings.docker_compose or self.files:
+            with contextlib.suppress(OSError):
+                times.append(os.path.getmtime(file))
+        return times
 
     def _read_project(self) -> Tuple[str, Dict[str, Service]]:
         why = 'it names no services'
@@ -1616,6 +1623,9 @@ class _Stack(_Project):
             reading.wait()
             self.flag = UpFlag()  # nothing cancels that
             if self.settings.on_exit is OnExit.STOP:
+                with _going_on('undoing what can be found'):
+                    if not self.services:  # a signal has cancelled the reading
+                        self.read_services()
                 self._undo(before, there, error)
             raise
 
@@ -1687,11 +1697,12 @@ class _Stack(_Project):
         """Delete what is not *there* yet, and make all else what it was *before*."""
         if not isinstance(error, ComposeError):
             threading.Event().wait(1.0)  # the engine still ends what it was asked for
-        states = {(c.service, c.number): c.state for c in before}
+        # By id; what has been replaced since, by its number: the newest of those that bore it.
+        states = {key: c.state for c in reversed(before) for key in (c.id, (c.service, c.number))}
 
         def restore(container: Container) -> None:
             number = (container.service, container.number)
-            was = states.get(number, container.state)
+            was = states.get(container.id, states.get(number, container.state))
             if number not in states and container.id not in there:
                 self._show_log(container)
                 self.remove(container)
@@ -1723,22 +1734,22 @@ class _Stack(_Project):
     def stop(self) -> None:
         """Stop the stack gracefully, kill what outlasts its time, and clean up in any case."""
         self.flag = UpFlag()  # nothing cancels the end
-        own: List[Container] = []
+        own: Containers = []
         with _going_on('stopping the stack nevertheless'):
             if not self.services:
                 self.read_services()
         with _going_on('stopping the stack nevertheless'):
-            own = self._do_all('unpause', State.PAUSED)  # they can't stop gracefully
+            own = self.get_own(self.observe())
+            paused = [c for c in own if c.state is State.PAUSED]  # they can't stop gracefully
+            _in_parallel(functools.partial(self.post, 'unpause'), paused)
         grace = max([c.grace for c in own], default=_DEFAULT_GRACE)
         logger.info('stopping the stack (up to %g s)', grace)
+        names = [name for name in self.services if name not in self.copies] if self.copies else []
         with _going_on('stopping the containers one by one'):
-            if not self.copies:  # Compose would stop them, too
-                self.compose('stop', limit=self.settings.timeout + grace)
-        alive = [state for state in State if state.alive]
-        try:  # also what Compose leaves: services of a profile, or not in its file any more
-            with _going_on('killing the containers'):
-                own = self._do_all('stop', *alive)
-            own = self._do_all('kill', *alive)
+            if names or not self.copies:
+                self.compose('stop', *names, limit=self.settings.timeout + grace)
+        try:
+            own = self._end(own)
         finally:
             try:
                 self._clean_up(own)
@@ -1747,10 +1758,19 @@ class _Stack(_Project):
         removed = self.settings.prune is not Prune.NONE
         logger.info('stopped%s', '; containers and networks removed' if removed else '')
 
-    def _do_all(self, what: str, *states: State) -> List[Container]:
-        """Do this to all of the stack's containers that are in such a state; return them all."""
-        own = self.get_own(self.observe())
-        _in_parallel(functools.partial(self.post, what), [c for c in own if c.state in states])
+    def _end(self, own: Containers, what: str = 'stop') -> Containers:
+        """Stop what Compose leaves, or kill what can't be stopped; return all that there is.
+
+        It leaves the services of a profile, and what is not in its file any more.
+        """
+        try:
+            own = self.get_own(self.observe())
+            _in_parallel(functools.partial(self.post, what), [c for c in own if c.state.alive])
+        except ComposeError as error:
+            if what == 'kill':
+                raise
+            logger.error('%s; killing the containers', error)
+            return self._end(own, 'kill')
         return own
 
     def _clean_up(self, own: Containers) -> None:
@@ -2534,10 +2554,11 @@ def _run_until_signal(stack: _Stack) -> int:
     # Also where it is ignored, in the background of a script.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     register(settings)
-    usec = int(os.environ.get('WATCHDOG_USEC') or 0)
-    if usec > 0:
+    usec = os.environ.get('WATCHDOG_USEC', '')
+    if usec.isdigit():
         # Check twice as often as systemd wants to hear of it: sd_watchdog_enabled(3).
-        stack.settings = settings._replace(interval=min(settings.interval, usec / 2e6))
+        interval = min(settings.interval, max(int(usec), 1) / 2e6)
+        stack.settings = settings._replace(interval=interval)
     try:
         with _supervise(stack), contextlib.suppress(KeyboardInterrupt):
             name = signal.Signals(settings.kill_signal).name

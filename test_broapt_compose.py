@@ -1816,22 +1816,25 @@ SUSPENDED = """
         print('begun', flush=True)
     code = 'echo begun; read line <fifo; ' + sys.argv[1]
     try:
-        text = bc._run(['/bin/sh', '-c', code], 1, bc._Place('.', {}), bc.UP_FLAG, show)
+        limit = float(sys.argv[2])
+        text = bc._run(['/bin/sh', '-c', code], limit, bc._Place('.', {}), bc.UP_FLAG, show)
         print(len(text))
     except bc.ComposeError as error:
         print(error)
 """
 
 
+@pytest.mark.parametrize('limit, late', [(1, 0), (4, 3.7)], ids=['at once', 'just before the end'])
 @pytest.mark.parametrize(
     'code, expected', [('yes | head -c 60000', '60006\n'), ('echo why >&2; exit 3', 'why\n')]
 )
 def test_process_that_was_suspended_for_longer_than_the_deadline_has_lost_nothing(
-    tmp_path, code, expected
+    tmp_path, code, expected, limit, late
 ):
     os.mkfifo(str(tmp_path / 'fifo'))
-    with script(SUSPENDED, code, cwd=str(tmp_path)) as host:
+    with script(SUSPENDED, code, str(limit), cwd=str(tmp_path)) as host:
         assert host.stdout.readline() == 'begun\n'
+        threading.Event().wait(late)
         host.send_signal(signal.SIGSTOP)
         (tmp_path / 'fifo').write_text('\n')
         threading.Event().wait(1.5)
@@ -4448,6 +4451,38 @@ def test_signal_in_the_middle_of_a_start_undoes_it(world):
     assert {id: world.state(id) for id in world.containers} == {'core1': 'running'}
 
 
+def test_signal_while_the_first_files_are_still_read_undoes_the_start(world):
+    world.declare('side')
+    world.networks.clear()
+    world.command('compose config', delay=3, once=True)
+
+    def up():
+        world.add_network('shop_front')
+        threading.Event().wait(3)
+
+    world.command('compose up', call=up)
+    bc.register(FAST)
+
+    def strike():
+        assert eventually(lambda: world.networks)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with meanwhile(strike), pytest.raises(KeyboardInterrupt), bc.docker_compose(FAST):
+        raise AssertionError('entered')
+    assert not world.networks
+
+
+def test_failed_start_leaves_running_what_has_replaced_a_container_that_is_left_over(world):
+    older = world.add('core', 'exited')
+    newer = world.add('core')
+    world.declare('core', 'side')
+    fail(world)
+    with pytest.raises(ComposeError):
+        bc.start_container(FAST)
+    assert (world.state(older), world.state(newer)) == ('exited', 'running')
+    assert 'side1' not in world.containers
+
+
 def test_flag_that_is_lowered_during_the_start_undoes_it(world):
     world.declare('side')
     world.command('compose up', hang=True, child=True, deaf=True)
@@ -4487,6 +4522,16 @@ def test_paused_containers_are_unpaused_so_that_they_can_stop_gracefully(world):
     world.act('pause', 'core1')
     bc.stop_container(FAST)
     assert summary(world)[:2] == ['unpause core1', 'compose stop']
+
+
+def test_container_that_cannot_be_unpaused_still_gets_its_grace_period(world, caplog):
+    world.run('core')
+    world.find('core1')['Config']['StopTimeout'] = 77
+    world.act('pause', 'core1')
+    world.fault('POST /containers/core1/unpause', status=500, message='stuck')
+    caplog.set_level('INFO', 'broapt_compose')
+    bc.stop_container(FAST)
+    assert 'stopping the stack (up to 77 s)' in caplog.messages
 
 
 @pytest.mark.parametrize('play', [{'hang': True}, {'code': 1, 'err': 'no'}], ids=str)
