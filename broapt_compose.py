@@ -1044,7 +1044,6 @@ def _judge(container: Container, own: Containers, services: Services) -> Optiona
     """Return what is wrong with a container, by the table of the contract; None: nothing."""
     verb, cause, why = Verb.START, container.condition, ''
     name, state = container.service, container.state
-    replaced = _is_being_replaced(container, own)
     idle, renewed = _judge_owners(container, own, services)
     if state is State.PAUSED:
         verb = Verb.UNPAUSE
@@ -1054,7 +1053,7 @@ def _judge(container: Container, own: Containers, services: Services) -> Optiona
         why = 'Docker is at it'
     elif _is_done(container, services):
         return None
-    elif replaced and state is not State.RUNNING:
+    elif state is not State.RUNNING and _is_being_replaced(container, own):
         why = 'left over from an interrupted recreate: it will not be touched'
     elif container.lost:
         alone = [c.service for c in own].count(name) == 1
@@ -1064,7 +1063,7 @@ def _judge(container: Container, own: Containers, services: Services) -> Optiona
         why = idle or (_find_obstacle(name, own, services) if state is State.CREATED else '')
     elif renewed:
         verb, cause = Verb.RESTART, renewed
-    elif container.health == 'unhealthy' and not replaced:
+    elif container.health == 'unhealthy' and not _is_being_replaced(container, own):
         verb = Verb.RESTART
     else:
         return None
@@ -1085,7 +1084,7 @@ def _is_being_replaced(container: Container, own: Containers) -> bool:
 def _judge_owners(container: Container, own: Containers, services: Services) -> Tuple[str, str]:
     """Return what hinders a container that shares a namespace, and what makes it useless; or ''."""
     idle = renewed = ''
-    for owner in own:
+    for owner in own if container.owners else ():
         kind = container.owners.get(owner.id) or container.owners.get(owner.name)
         if kind and owner.state not in (State.RUNNING, State.PAUSED):
             unwatched = services[owner.service].left or owner.left
