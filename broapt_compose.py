@@ -1194,10 +1194,11 @@ class _Task(threading.Thread):
         finally:
             self.ended.set()
 
-    def wait(self) -> None:
+    def wait(self, limit: float = math.inf) -> None:
         """Wait for its end, if a signal did not come before it could begin."""
-        while not self.ended.wait(1.0) and self.ident is not None:
-            pass
+        for step in _count_down(limit):
+            if self.ended.wait(step) or self.ident is None:
+                break
 
     def finish(self) -> None:
         """Wait for its end, and raise what it raised."""
@@ -1552,7 +1553,7 @@ def _clock_time(moment: float) -> str:
 class _Stack(_Project):
     """What can be done to a project: repairs, the beginning and the end."""
 
-    patience = 1e6  # seconds that a single check waits for a repair: it has its own deadline
+    patience = math.inf  # seconds that a check waits for a repair, which has its own deadline
 
     # -- repairs
 
@@ -2595,7 +2596,7 @@ def _check(stack: _Stack, dry_run: bool) -> int:
             watch.cycle()
         for _ in range(2):
             for task in watch.tasks:
-                task.ended.wait(stack.patience)
+                task.wait(stack.patience)
             watch.take_results()  # that may begin something else
         if watch.outage is not None:
             return 1
