@@ -460,7 +460,8 @@ UP_FLAG = UpFlag()
 
 
 # -- processes -------------------------------------------------------------------------------------
-_OUTPUT_LIMIT = 1 << 22  # bytes that a command writes; of more, the end is kept
+# Bytes that a command writes; of more, the end is kept.
+_OUTPUT_LIMIT, _ERROR_LIMIT = 1 << 22, 1 << 16
 # The shell kills the command's process group once our end of the socket is closed, by us or by our
 # death, and tells the exit code, which waitpid() doesn't where SIGCHLD is ignored or others reap.
 _GUARD = 'exec 3<&0; (read -r _ <&3; kill -9 0) >/dev/null 2>&1 & "$@" <{} 3<&-; echo $? >&3'
@@ -570,7 +571,7 @@ class _Process:
                     elif show:
                         show(chunk)
                     key.data.extend(chunk)
-                    del key.data[:-_OUTPUT_LIMIT]
+                    del key.data[: -_OUTPUT_LIMIT if key.data is output else -_ERROR_LIMIT]
         return (
             int(code) if code else None,
             output.decode('utf-8', 'replace'),
@@ -1748,15 +1749,15 @@ class _Stack(_Project):
         with _going_on('stopping the containers one by one'):
             if names or not self.copies:
                 self.compose('stop', *names, limit=self.settings.timeout + grace)
+        removed = ''
         try:
             own = self._end(own)
         finally:
             try:
-                self._clean_up(own)
+                removed = self._clean_up(own)
             except ComposeError as error:
                 _warn(f'the clean-up failed: {error}')
-        removed = self.settings.prune is not Prune.NONE
-        logger.info('stopped%s', '; containers and networks removed' if removed else '')
+        logger.info('stopped%s', removed)
 
     def _end(self, own: Containers, what: str = 'stop') -> Containers:
         """Stop what Compose leaves, or kill what can't be stopped; return all that there is.
@@ -1773,10 +1774,10 @@ class _Stack(_Project):
             return self._end(own, 'kill')
         return own
 
-    def _clean_up(self, own: Containers) -> None:
-        """Delete what the setting *prune* says."""
+    def _clean_up(self, own: Containers) -> str:
+        """Delete what the setting *prune* says; return, in words, what is gone."""
         if self.settings.prune is Prune.NONE:
-            return
+            return ''
         # Providers want to be told. And 1.x, without a project yet: a start that failed before its
         # first container may have left a network.
         if not self.project or any(service.provided for service in self.services.values()):
@@ -1785,6 +1786,7 @@ class _Stack(_Project):
             self._call(*self.docker, 'system', 'prune', '--volumes', '--force')
         elif self.project:
             self._remove_project(own)
+        return '; containers and networks removed'
 
     def _remove_project(self, own: Containers) -> None:
         try:
@@ -1807,8 +1809,14 @@ def _look_once(stack: _Stack) -> List[Action]:
     containers, services = stack.observe(), stack.get_services(stack.read_holds())
     actions = decide(containers, services, 0.0, History(), stack.settings)
     faulty = [action.container for action in actions]
-    well = [c for c in containers if c not in faulty]
-    return [Action(Verb.LEAVE, c.service, c, c.condition, wanted=False) for c in well] + actions
+    for container in containers:
+        if container not in faulty:
+            left = container.left or services.get(container.service, Service()).left
+            well = Action(
+                Verb.LEAVE, container.service, container, container.condition, left, False
+            )
+            actions.append(well)
+    return actions
 
 
 class _Swarm(_Stack):
@@ -1890,6 +1898,13 @@ class _Swarm(_Stack):
             looks += 1
             if container.id in [action.key for action in _look_once(self) if action.wanted]:
                 looks = 0
+
+    def _end(self, own: Containers, what: str = '') -> Containers:
+        """Raise ComposeError if services are left; there are no containers to clean up."""
+        left = ', '.join(sorted(container.service for container in self.observe()))
+        if left:
+            raise ComposeError(('docker', 'stack', 'rm', self.project), None, '', f'left: {left}')
+        return ()
 
     def _is_alone(self) -> bool:
         return False  # it is not known without the files

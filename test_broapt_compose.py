@@ -1842,6 +1842,13 @@ def test_process_that_was_suspended_for_longer_than_the_deadline_has_lost_nothin
         assert host.communicate(timeout=30)[0].endswith(expected)
 
 
+def test_of_a_flood_of_errors_the_end_is_kept():
+    code = 'yes | head -c 3000000 >&2; echo why >&2; exit 3'
+    with pytest.raises(ComposeError, match='exit code 3: why') as caught:
+        bc._run(['/bin/sh', '-c', code], 60, bc._Place('/', {}), bc.UP_FLAG)
+    assert len(caught.value.stderr) <= 1 << 16
+
+
 def test_killed_process_leaves_no_command_behind(tmp_path):
     code = """
         import broapt_compose as bc
@@ -3284,6 +3291,18 @@ def test_replicas_are_those_tasks_that_run_and_shall_run(world, tasks, condition
     assert [parse_query(line)['filters'] for line in asked] == [own, own]
 
 
+def test_stack_that_a_swarm_does_not_remove_is_an_error(world):
+    world.declare('core')
+    counts = {'RunningTasks': 1, 'DesiredTasks': 1}
+    world.swarm['services'].append(
+        {'ID': '1', 'Spec': {'Name': 'shop_core'}, 'ServiceStatus': counts}
+    )
+    world.swarm['tasks'] = [task('running', 'running')]
+    world.command('stack rm', code=1, err='no way')
+    with pytest.raises(ComposeError, match='docker stack rm shop: left: core'):
+        bc.stop_container(SWARM)
+
+
 @pytest.mark.parametrize('prune', list(bc.Prune))
 def test_nothing_is_pruned_where_a_swarm_runs_the_stack(world, prune):
     with contextlib.closing(bc._make_stack(SWARM._replace(prune=prune))) as stack:
@@ -4517,6 +4536,15 @@ def test_stop_ends_one_by_one_what_compose_cannot_then_kills_and_still_cleans_up
     assert ending(world) == sorted(['kill core1', 'stop core1', 'stop side1', *ENDED])
 
 
+@ignores_warnings
+def test_clean_up_that_failed_is_not_told_as_done(world, caplog):
+    world.run('core')
+    world.fault('DELETE /networks', status=500, message='stuck')
+    caplog.set_level('INFO', 'broapt_compose')
+    bc.stop_container(FAST)
+    assert caplog.messages[-1] == 'stopped'
+
+
 def test_paused_containers_are_unpaused_so_that_they_can_stop_gracefully(world):
     world.run('core', 'side')
     world.act('pause', 'core1')
@@ -5239,7 +5267,7 @@ STATES = {
         lambda w: (hold_core(w), w.act('remove', 'core1')),
         ['(core: missing: on hold until HH:MM)'],
     ),
-    'on hold and well': (lambda w: hold(core=600), []),
+    'on hold and well': (lambda w: hold(core=600), ['(core: running: on hold until HH:MM)']),
     'labelled': (
         lambda w: (
             w.declare('side', core={'labels': {'broapt.watch': 'false'}}) or w.act('stop', 'core1')
