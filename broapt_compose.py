@@ -16,7 +16,7 @@ From the command line: ``python -m broapt_compose [run | check | status | hold |
 The watcher sees all containers of the project with one request to the engine, decides from that
 look what is wrong, and mends it: paused containers are unpaused, stopped ones started, missing ones
 created, unhealthy ones restarted. Events only wake it; it looks at least every *interval* anyway.
-Other projects are never touched.
+Other projects are never touched (unless you ask for ``--prune system``).
 
 The containers are handled over the engine's HTTP API; Compose is run for what only Compose knows.
 All settings stand in one table, `_OPTIONS`; ``python -m broapt_compose run --help`` prints it.
@@ -761,7 +761,7 @@ def _find_trouble(error: Exception, sock: Optional[_Socket], limit: float) -> st
 
 # -- records ---------------------------------------------------------------------------------------
 class State(enum.Enum):
-    """Of a container, in Docker's words."""
+    """Of a container, in Docker's words, or of a service on a swarm."""
 
     CREATED = 'created'
     RUNNING = 'running'
@@ -1164,7 +1164,7 @@ _ONE_OFF = 'com.docker.compose.oneoff'  # made by `compose run`
 _HASH = 'com.docker.compose.config-hash'
 # What comes of reading an answer, or a file, of another form than expected.
 _MISREAD = (LookupError, TypeError, ValueError, AttributeError)
-_Entry = Dict[str, Any]  # what the engine's list says of one container, or network
+_Entry = Dict[str, Any]  # what the engine's list says of one thing
 
 
 class _Task(threading.Thread):
@@ -1695,7 +1695,7 @@ class _Stack(_Project):
                 containers = self.observe()
 
     def _undo(self, before: Containers, there: Set[str], error: BaseException) -> None:
-        """Delete what is not *there* yet, and make all else what it was *before*."""
+        """Delete what is not *there* yet; stop and pause again what was so *before*."""
         if not isinstance(error, ComposeError):
             threading.Event().wait(1.0)  # the engine still ends what it was asked for
         # By id; what has been replaced since, by its number: the newest of those that bore it.
@@ -1924,6 +1924,9 @@ def _make_stack(settings: Optional[Settings]) -> _Stack:
 # -- the watcher -----------------------------------------------------------------------------------
 # Where Docker says destroy, podman says remove.
 _EVENTS = 'create start kill die stop oom pause unpause destroy remove health_status'.split()
+_ADVICE = (
+    'It is tried again, less and less often, until somebody mends that, or puts the service on hold'
+)
 # HUP, USR1, USR2, WINCH: they ask for something else than the end.
 _RELOADS = ('1', '10', '12', '28')
 
@@ -1943,12 +1946,12 @@ class _Watch:
         self.since = 0.0  # the engine's time up to which all events have been seen
         self.stirred = -math.inf  # when the last event came
         self.in_doubt = True  # whether the list tells all that changed: events may have been missed
-        # By somebody -> until when it dies of that, by the engine's clock.
+        # Id -> until when, by the engine's clock, its end counts as somebody's deed.
         self.killed: Dict[str, float] = {}
         self.seen: Dict[Tuple[Verb, str], float] = {}  # as in History
         self.streaks: Dict[str, Streak] = {}
         self.crashed: Set[str] = set()
-        # Ids of the containers that the files, as they were read, tell of; None: of all so far.
+        # Ids of the containers that were there when the files were read; None: not looked yet.
         self.declared: Optional[Set[str]] = None
         self.holds: Dict[str, float] = {}
         self.busy: List[str] = []  # ids, and services, that are being repaired
@@ -2211,11 +2214,6 @@ class _Watch:
         return Verb.REMOVE if action.verb is Verb.RECREATE else None
 
 
-_ADVICE = (
-    'It is tried again, less and less often, until somebody mends that, or puts the service on hold'
-)
-
-
 # -- the watcher in a process ----------------------------------------------------------------------
 def _watch_in_process(stack: _Stack, begun: threading.Event) -> None:
     """Keep a watcher process running while the flag is up; set *begun* once there is the first."""
@@ -2277,8 +2275,8 @@ def _process_main(theirs: Any, ours: Any, stack: _Stack, level: int) -> None:
 def start_container(settings: Optional[Settings] = None) -> None:
     """Bring the stack up (`up --build --detach`), unpausing first what is paused. No deadline.
 
-    Raises ComposeError if Docker or Compose fails (what was created is removed then), ValueError
-    for a bad setting.
+    Raises ComposeError if Docker or Compose fails (what was created is removed then, unless told to
+    leave), ValueError for a bad setting.
     """
     with contextlib.closing(_make_stack(settings)) as stack:
         stack.start()
@@ -2308,9 +2306,9 @@ def docker_compose(settings: Optional[Settings] = None) -> ContextManager[UpFlag
     """Return a context manager: inside, the stack is up and watched; at the end it is stopped.
 
     It gives UP_FLAG. Entering raises ComposeError if the stack can't be started (what was created
-    is undone then), ValueError for a bad setting. What the body raises comes out again after the
-    clean-up, which no further signal interrupts. In a process forked inside, the end of the copied
-    block does nothing.
+    is undone then, unless told to leave), ValueError for a bad setting. What the body raises comes
+    out again after the clean-up, which no further signal interrupts. In a process forked inside,
+    the end of the copied block does nothing.
     """
     return _supervise(_make_stack(settings))
 
