@@ -1808,15 +1808,13 @@ def _look_once(stack: _Stack) -> List[Action]:
     """Return what is done about each container, well or not, and about each that is missing."""
     containers, services = stack.observe(), stack.get_services(stack.read_holds())
     actions = decide(containers, services, 0.0, History(), stack.settings)
-    faulty = [action.container for action in actions]
+    faulty, well = [action.container for action in actions], []
     for container in containers:
         if container not in faulty:
-            left = container.left or services.get(container.service, Service()).left
-            well = Action(
-                Verb.LEAVE, container.service, container, container.condition, left, False
-            )
-            actions.append(well)
-    return actions
+            name, cause = container.service, container.condition
+            left = container.left or services.get(name, Service()).left
+            well.append(Action(Verb.LEAVE, name, container, cause, left, wanted=False))
+    return well + actions
 
 
 class _Swarm(_Stack):
