@@ -517,7 +517,10 @@ class _Process:
         """Start it; *peer* becomes its standard input and output."""
         logger.debug('running %s', _quote(command))
         guard = _GUARD.format('&1' if peer else '/dev/null')
-        self.lifeline, theirs = socket.socketpair()
+        try:
+            self.lifeline, theirs = socket.socketpair()
+        except OSError as error:
+            raise ComposeError(command, None, '', _explain(error)) from None
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # till it has its session
         try:
             with theirs:
@@ -1625,7 +1628,7 @@ class _Stack(_Project):
             self.flag = UpFlag()  # nothing cancels that
             if self.settings.on_exit is OnExit.STOP:
                 with _going_on('undoing what can be found'):
-                    if not self.services:  # a signal has cancelled the reading
+                    if isinstance(reading.error, _Cancelled):  # by a signal
                         self.read_services()
                 self._undo(before, there, error)
             raise

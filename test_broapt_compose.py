@@ -1842,6 +1842,29 @@ def test_process_that_was_suspended_for_longer_than_the_deadline_has_lost_nothin
         assert host.communicate(timeout=30)[0].endswith(expected)
 
 
+def test_lack_of_descriptors_is_an_error_like_any_other(tmp_path):
+    code = """
+        import os, resource, broapt_compose as bc
+        resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
+        files = []
+        while True:
+            try:
+                files.append(os.open(os.devnull, os.O_RDONLY))
+            except OSError:
+                break
+        while files:
+            try:
+                bc._run(['true'], 9, bc._Place('/', {}), bc.UP_FLAG)
+                break
+            except bc.ComposeError as error:
+                print(error)
+            os.close(files.pop())
+    """
+    with script(code) as host:
+        lines = set(host.communicate(timeout=30)[0].splitlines())
+    assert lines == {'true: Too many open files'}
+
+
 def test_of_a_flood_of_errors_the_end_is_kept():
     code = 'yes | head -c 3000000 >&2; echo why >&2; exit 3'
     with pytest.raises(ComposeError, match='exit code 3: why') as caught:
@@ -4337,12 +4360,13 @@ def test_files_are_read_first_where_there_may_be_something_to_look_out_for(world
     assert came == [False] and world.state('side1') == 'running'
 
 
-def test_start_whose_files_cannot_be_read_is_undone_although_up_could(world):
+def test_start_whose_files_cannot_be_read_is_undone_although_up_could(world, caplog):
     world.declare('core')
     world.command('compose config', code=15, err='yaml: no')
     with pytest.raises(ComposeError, match='docker compose config .*: yaml: no'):
         bc.start_container(FAST)
     assert summary(world) == [UP, 'remove core1']
+    assert caplog.messages == []  # the error says it all
 
 
 def test_what_up_cannot_mend_is_mended_before_it(world):
