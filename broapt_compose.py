@@ -1705,6 +1705,7 @@ class _Stack(_Project):
         states = {key: c.state for c in reversed(before) for key in (c.id, (c.service, c.number))}
 
         def restore(container: Container) -> None:
+            """Undo what the start has done to one container."""
             number = (container.service, container.number)
             was = states.get(container.id, states.get(number, container.state))
             if number not in states and container.id not in there:

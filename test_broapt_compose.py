@@ -4012,6 +4012,12 @@ def test_fault_that_only_a_look_finds_lets_the_stream_be_reopened(world):
         assert eventually(world.streams)
         world.crash('side1')  # so that a stream has told of something
         assert eventually(lambda: world.state('side1') == 'running')
+
+        def looks():
+            return sum('GET /containers/json' in line for line in world.requests())
+
+        settled = looks() + 3  # what the events have woken is over by then
+        assert eventually(lambda: looks() >= settled)
         count = len(streams(world))
         world.change('core1', 'exited', 137)
         assert eventually(lambda: world.state('core1') == 'running')
