@@ -987,9 +987,9 @@ class Streak(NamedTuple):
 
 
 class Action(NamedTuple):
-    """What is done about one fault, now or later, or why nothing is.
+    """What is done about one container, or a service's missing ones, now or later, or why nothing.
 
-    The fault is found with the verb that would mend it; whether, and when, is decided after that.
+    A fault is found with the verb that would mend it; whether, and when, is decided after that.
     """
 
     verb: Verb
@@ -997,7 +997,7 @@ class Action(NamedTuple):
     container: Optional[Container]  # None where some are missing
     cause: str
     why: str = ''  # it is left alone
-    wanted: bool = True  # that it be otherwise; False: somebody has told us to leave it
+    wanted: bool = True  # that it be otherwise; False: it is well, or we were told to leave it
     since: float = 0.0  # when the fault was first seen
     due: float = math.inf
     streak: Streak = Streak()  # the repairs before this one
@@ -1034,18 +1034,22 @@ class History(NamedTuple):
 def decide(
     containers: Containers, services: Services, now: float, history: History, settings: Settings
 ) -> List[Action]:
-    """Return what is to be done about each fault, now, later or not at all. Pure.
+    """Return what is done about each container, and about each service that lacks some. Pure.
 
     *containers*: newest first; *now*: seconds of a monotonic clock.
     """
     own = [c for c in containers if c.service in services]
-    faults = [_judge(container, own, services) for container in own]
-    faults += [_count(name, own, services) for name in services]
-    return [_schedule(fault, services, now, history, settings) for fault in faults if fault]
+    judged = [_judge(container, own, services) for container in containers]
+    counted = [_count(name, own, services) for name in services]
+    actions = filter(None, (*judged, *counted))
+    return [_schedule(action, services, now, history, settings) for action in actions]
 
 
-def _judge(container: Container, own: Containers, services: Services) -> Optional[Action]:
-    """Return what is wrong with a container, by the table of the contract; None: nothing."""
+def _judge(container: Container, own: Containers, services: Services) -> Action:
+    """Return what would mend a container, by the table of the contract."""
+    well = Action(Verb.LEAVE, container.service, container, container.condition, wanted=False)
+    if container.service not in services:
+        return well
     verb, cause, why = Verb.START, container.condition, ''
     name, state = container.service, container.state
     idle, renewed = _judge_owners(container, own, services)
@@ -1056,7 +1060,7 @@ def _judge(container: Container, own: Containers, services: Services) -> Optiona
     elif state in (State.RESTARTING, State.REMOVING):
         why = 'Docker is at it'
     elif _is_done(container, services):
-        return None
+        return well
     elif state is not State.RUNNING and _is_being_replaced(container, own):
         why = 'left over from an interrupted recreate: it will not be touched'
     elif container.lost:
@@ -1070,7 +1074,7 @@ def _judge(container: Container, own: Containers, services: Services) -> Optiona
     elif container.health == 'unhealthy' and not _is_being_replaced(container, own):
         verb = Verb.RESTART
     else:
-        return None
+        return well
     return Action(verb, name, container, cause, why)
 
 
@@ -1136,27 +1140,27 @@ def _find_obstacle(name: str, own: Containers, services: Services) -> str:
 
 
 def _schedule(
-    fault: Action, services: Services, now: float, history: History, settings: Settings
+    action: Action, services: Services, now: float, history: History, settings: Settings
 ) -> Action:
-    """Return the fault with the time when it is to be mended, or as left alone."""
-    container, left = fault.container, services[fault.service].left
+    """Return the action with the time when it is due, or as left alone."""
+    container, left = action.container, services.get(action.service, Service()).left
     if container is not None:
         left = container.left or left
-    ill, why = fault.cause == 'unhealthy', left or fault.why
+    ill, why = action.cause == 'unhealthy', left or action.why
     if ill and settings.unhealthy is Unhealthy.IGNORE:
         why = why or 'told to ignore health'
-    if why:
-        return fault._replace(verb=Verb.LEAVE, why=why, wanted=not left)
-    since = history.seen.get((fault.verb, fault.key), now)
-    streak = history.streaks.get(fault.key, Streak())
+    if why or action.verb is Verb.LEAVE:
+        return action._replace(verb=Verb.LEAVE, why=why, wanted=action.wanted and not left)
+    since = history.seen.get((action.verb, action.key), now)
+    streak = history.streaks.get(action.key, Streak())
     if since - streak.ended >= _STEADY and not streak.ill:
         streak = Streak(began=since)
     delay = min(2**streak.repairs // 2, _LONGEST_DELAY)  # 0, 1, 2, 4 ...
     # What shares the processes of another dies with it, whoever has ended that one.
     shares = container is not None and 'pid' in container.owners.values()
-    at_once = ill or fault.key in history.crashed and not shares
+    at_once = ill or action.key in history.crashed and not shares
     due = since + max(delay, 0.0 if at_once else settings.settle)
-    return fault._replace(since=since, due=due, streak=streak)
+    return action._replace(since=since, due=due, streak=streak)
 
 
 # -- the stack -------------------------------------------------------------------------------------
@@ -1273,6 +1277,7 @@ class _Docker:
 
     def _find_endpoint(self) -> str:
         form = '{{.Name}} {{.Endpoints.docker.Host}}'
+        _Task(importlib.import_module, 'http.client').begin()  # meanwhile: it takes as long
         try:
             told = self._call(*self.docker, 'context', 'inspect', '--format', form)
         except ComposeError as error:
@@ -1418,12 +1423,12 @@ class _Project(_Docker):
         if not self.project:
             self.find_project()
         try:
-            return self._look(named) if self.project else []
+            return list(self._look(named)) if self.project else []
         except _MISREAD as error:
             path = ('GET', '/containers')
             raise ComposeError(path, None, '', f'its answer is not understood: {error!r}') from None
 
-    def _look(self, named: Optional[Set[str]]) -> List[Container]:
+    def _look(self, named: Optional[Set[str]]) -> Iterable[Container]:
         """Take one list, and inspect each container that is new, named, or not plainly running.
 
         For right after an event, the list may still show what was before.
@@ -1559,6 +1564,11 @@ class _Stack(_Project):
 
     patience = math.inf  # seconds that a check waits for a repair, which has its own deadline
 
+    def look_once(self) -> List[Action]:
+        """Return what would be done, without regard to what has been."""
+        services = self.get_services(self.read_holds())
+        return decide(self.observe(), services, 0.0, History(), self.settings)
+
     # -- repairs
 
     def act(self, verb: Verb, actions: Sequence[Action]) -> None:
@@ -1612,50 +1622,37 @@ class _Stack(_Project):
 
     def start(self) -> None:
         """Bring the stack up, without a deadline; what a failed start has created is undone."""
-        reading = _Task(self.read_services).begin()
+        there = self._list_all()
+        before: Containers = []
+        # Where Compose has made nothing yet, and nothing is on hold, `up` needs no care: not to
+        # read the files saves time. 1.x has to be told from what they say.
+        careful = self._list('/containers/json', _PROJECT) or self.read_holds()
+        if careful or 'compose' not in self.command[1:]:
+            self.read_services()
+            before = self.observe()
         try:
-            there, alone = self._list_all(), self._is_alone()
-        except ComposeError:
-            reading.finish()  # what is wrong with the files is told rather
-            raise
-        if not alone:
-            reading.finish()
-        before = [] if alone else self.observe()
-        try:
-            self._bring_up(reading, [] if alone else self._make_ready(before))
+            self._bring_up(self._make_ready(before))
         except BaseException as error:
-            reading.wait()
             self.flag = UpFlag()  # nothing cancels that
             if self.settings.on_exit is OnExit.STOP:
-                with _going_on('undoing what can be found'):
-                    if isinstance(reading.error, _Cancelled):  # by a signal
-                        self.read_services()
                 self._undo(before, there, error)
             raise
 
-    def _is_alone(self) -> bool:
-        """Tell whether `up` need not wait for what the files say, which saves time.
-
-        So it is where nothing was made by Compose, and nothing is on hold.
-        """
-        made = self._list('/containers/json', _PROJECT)
-        return 'compose' in self.command[1:] and not made and not self.read_holds()
-
-    def _bring_up(self, reading: _Task, options: Optional[List[str]]) -> None:
-        """Run `up`, with no options: for nothing; and see that the files could be read."""
+    def _bring_up(self, options: Optional[List[str]]) -> None:
+        """Run `up`; with no options, there is nothing to do."""
+        if options is None:
+            return
         command = self.command
-        while options is not None:
+        with contextlib.closing(_Outlet(sys.stderr)) as outlet:
+            words = ('up', '--build', '--detach', *options)
+            up = functools.partial(self.compose, *words, limit=math.inf, show=outlet.write)
             try:
-                with contextlib.closing(_Outlet(sys.stderr)) as outlet:
-                    up = ('up', '--build', '--detach', *options)
-                    self.compose(*up, limit=math.inf, show=outlet.write)
-                break
+                up()
             except ComposeError:
-                reading.finish()
+                self.read_services()  # the files may be to blame, and would be named
                 if self.command == command:
                     raise
-                command = self.command  # `docker-compose`, where docker has no `compose`
-        reading.finish()
+                up()  # by `docker-compose`, where docker has no `compose`
 
     def _make_ready(self, before: Containers) -> Optional[List[str]]:
         """Mend what `up` can't, and return its options; None if it has nothing to do."""
@@ -1663,10 +1660,11 @@ class _Stack(_Project):
         self._prepare(before, services)
         options = self._count_copies(services)
         left = self._find_left(before, services)
+        names = sorted(services.keys() - left)
         if left:
             logger.info('left as it is: %s', ', '.join(sorted(left)))
-            options += ['--no-deps', *sorted(services.keys() - left)]
-        return None if services.keys() == left else options
+            options += ['--no-deps', *names]
+        return options if names or not left else None
 
     def _list_all(self) -> Set[str]:
         """Return the ids of all containers and networks of the engine."""
@@ -1701,6 +1699,8 @@ class _Stack(_Project):
         """Delete what is not *there* yet; stop and pause again what was so *before*."""
         if not isinstance(error, ComposeError):
             threading.Event().wait(1.0)  # the engine still ends what it was asked for
+            with _going_on('undoing what can be found'):
+                self.read_services()
         # By id; what has been replaced since, by its number: the newest of those that bore it.
         states = {key: c.state for c in reversed(before) for key in (c.id, (c.service, c.number))}
 
@@ -1808,17 +1808,7 @@ class _Stack(_Project):
 
 
 # -- the stack on a swarm --------------------------------------------------------------------------
-def _look_once(stack: _Stack) -> List[Action]:
-    """Return what is done about each container, well or not, and about each that is missing."""
-    containers, services = stack.observe(), stack.get_services(stack.read_holds())
-    actions = decide(containers, services, 0.0, History(), stack.settings)
-    faulty, well = [action.container for action in actions], []
-    for container in containers:
-        if container not in faulty:
-            name, cause = container.service, container.condition
-            left = container.left or services.get(name, Service()).left
-            well.append(Action(Verb.LEAVE, name, container, cause, left, wanted=False))
-    return well + actions
+_NAMESPACE = 'com.docker.stack.namespace'
 
 
 class _Swarm(_Stack):
@@ -1829,26 +1819,24 @@ class _Swarm(_Stack):
 
     patience = 15.0
 
-    def get_services(self, holds: Mapping[str, float]) -> Dict[str, Service]:
-        """Return the declared services as the records that observe() gives for them."""
-        services = super().get_services(holds)
-        for name, service in services.items():
+    def read_services(self) -> None:
+        """Read what the Compose files declare. Raises ValueError for what Swarm can't do."""
+        super().read_services()
+        if float(self.engine.request('GET', '/version')['ApiVersion']) < 1.41:
+            raise ValueError('--mode swarm: it takes an engine with API 1.41 or later')
+        for name, service in self.services.items():
             if service.owners:  # `stack deploy` would drop that without a word
                 raise ValueError(f'{name}: Swarm can share no network_mode, pid or ipc')
-            services[name] = Service(left=service.left)
-        return services
+            self.services[name] = Service(left=service.left)
 
-    def _look(self, *_: Any) -> List[Container]:
-        """Return the services of the stack.
+    def _look(self, *_: Any) -> Iterator[Container]:
+        """Give the services of the stack.
 
         Tasks are counted here: the swarm's own count keeps those of a node that is down.
         """
-        label = f'com.docker.stack.namespace={self.project}'
-        if float(self.engine.request('GET', '/version')['ApiVersion']) < 1.41:
-            raise ComposeError(('--mode', 'swarm'), None, '', 'it takes an engine with API 1.41')
-        tasks = sorted(self._list('/tasks', label), key=lambda task: task['CreatedAt'])
-        containers = []
-        for entry in self._list('/services', label):
+        own = f'{_NAMESPACE}={self.project}'
+        tasks = sorted(self._list('/tasks', own), key=lambda task: task['CreatedAt'])
+        for entry in self._list('/services', own):
             running, error = 0, 'starting'
             for task in tasks:
                 if task['ServiceID'] == entry['ID']:
@@ -1856,71 +1844,69 @@ class _Swarm(_Stack):
                     error = task['Status'].get('Err', error)
             name = entry['Spec']['Name'].partition(f'{self.project}_')[2]
             desired = entry['ServiceStatus']['DesiredTasks']
-            state, note = State.RUNNING, f'{running}/{desired}'
+            state = State.RUNNING
+            note = f'{running}/{desired}'
             if running < desired:
-                state, note = State.SHORT, f'{note}, {error}'
-            containers += [Container(entry['ID'], name, name, '', state, note=note)]
-        return containers
+                state = State.SHORT
+                note += f', {error}'
+            yield Container(entry['ID'], name, name, '', state, note=note)
 
-    def compose(self, *arguments: str, **options: Any) -> str:
-        """Have `docker stack` do what Compose is asked for, and wait until Swarm has done it."""
-        if 'up' in arguments:
-            files = [f'--compose-file={file}' for file in self.settings.docker_compose]
-            # Else services that are there would get newer images.
-            self._call(
-                *self.docker, 'stack', 'deploy', '--resolve-image=changed', *files, self.project
-            )
-            tell = functools.lru_cache(None)(logger.info)  # each line once
-            # The start has no deadline.
-            for step in _count_down(math.inf if 'show' in options else _STEADY):
-                actions = _look_once(self)
-                for container in [action.container for action in actions if action.container]:
-                    tell(f'{container.service} {container.note}')
-                if not any(action.wanted for action in actions):
-                    break
-                threading.Event().wait(step)
-        elif 'stop' in arguments:
-            self._call(*self.docker, 'stack', 'rm', self.project)
-            label = f'com.docker.stack.namespace={self.project}'
-            for step in _count_down(options['limit']):
-                # Not those of finished jobs, which stay.
-                if not any(t['DesiredState'] == 'remove' for t in self._list('/tasks', label)):
-                    break
-                threading.Event().wait(step)
-        else:
-            return super().compose(*arguments, **options)
-        return ''
-
-    def post(self, what: str, container: Container) -> None:
-        """Tell that a service lacks replicas, and wait until it has had them for a while."""
-        _warn(f'{container.label}: {container.condition}')
-        looks = 0
+    def act(self, verb: Verb, actions: Sequence[Action]) -> None:
+        """Deploy what is missing; of what lacks replicas, warn, and wait until it has had them."""
+        if verb is Verb.CREATE:
+            self._deploy(_STEADY)
+            return
+        fault, looks = actions[0], 0
+        _warn(f'{fault.label}: {fault.cause}')
         while looks < 20:  # ten seconds: in a crash loop it runs now and then
             threading.Event().wait(0.5)
             looks += 1
-            if container.id in [action.key for action in _look_once(self) if action.wanted]:
+            if fault.key in [action.key for action in self.look_once() if action.wanted]:
                 looks = 0
 
-    def _end(self, own: Containers, what: str = '') -> Containers:
-        """Raise ComposeError if services are left; there are no containers to clean up."""
-        left = ', '.join(sorted(container.service for container in self.observe()))
-        if left:
-            raise ComposeError(('docker', 'stack', 'rm', self.project), None, '', f'left: {left}')
-        return ()
+    def _deploy(self, limit: float) -> None:
+        """Deploy the stack, and wait until nothing is wanting, or *limit* seconds are over."""
+        files = [f'--compose-file={file}' for file in self.settings.docker_compose]
+        # Else services that are there would get newer images.
+        self._call(*self.docker, 'stack', 'deploy', '--resolve-image=changed', *files, self.project)
+        tell = functools.lru_cache(None)(logger.info)  # each line once
+        for step in _count_down(limit):
+            actions = self.look_once()
+            for action in actions:
+                tell(f'{action.label}: {action.cause}')
+            if not any(action.wanted for action in actions):
+                break
+            threading.Event().wait(step)
 
-    def _is_alone(self) -> bool:
-        return False  # it is not known without the files
+    def start(self) -> None:
+        """Deploy the stack and wait, without a deadline, until all of its replicas run."""
+        self.read_services()
+        before = self.observe()
+        try:
+            self._deploy(math.inf)
+        except BaseException:
+            if not before and self.settings.on_exit is OnExit.STOP:
+                self.stop()
+            raise
 
-    def _undo(self, before: Containers, *_: Any) -> None:
-        if not before:
-            self.stop()
+    def stop(self) -> None:
+        """Remove the stack, and wait until its containers have ended."""
+        self.flag = UpFlag()  # nothing cancels the end
+        self.read_services()
+        logger.info('stopping the stack')
+        self._call(*self.docker, 'stack', 'rm', self.project)
+        own = f'{_NAMESPACE}={self.project}'
+        for step in _count_down(self.settings.timeout):
+            # Those of finished jobs stay.
+            if 'remove' not in [task['DesiredState'] for task in self._list('/tasks', own)]:
+                break
+            threading.Event().wait(step)
+        logger.info('stopped')
 
 
 def _make_stack(settings: Optional[Settings]) -> _Stack:
     settings = settings or Settings.load()
-    if settings.mode is Mode.SWARM:
-        return _Swarm(settings._replace(prune=Prune.NONE))
-    return _Stack(settings)
+    return _Swarm(settings) if settings.mode is Mode.SWARM else _Stack(settings)
 
 
 # -- the watcher -----------------------------------------------------------------------------------
@@ -1993,13 +1979,14 @@ class _Watch:
     def _follow(self) -> None:
         """Collect events until the flag is lowered, from one stream after the other."""
         label = f'{_PROJECT}={self.stack.project}'
-        filters = json.dumps({'type': ['container'], 'event': _EVENTS, 'label': [label]})
+        filters = {'type': ['container'], 'event': _EVENTS, 'label': [label]}
         if isinstance(self.stack, _Swarm):
-            filters = json.dumps({'scope': ['swarm']})  # tasks have no events
+            filters = {'scope': ['swarm']}  # tasks have no events
         while not self.over.is_set():
             began = self.clock()
             try:
-                for event in self.stack.engine.follow(since=f'{self.since:.9f}', filters=filters):
+                since = f'{self.since:.9f}'
+                for event in self.stack.engine.follow(since=since, filters=json.dumps(filters)):
                     if event is not None:
                         self.since, self.stirred = event['time'], self.clock()
                     self.events.append(event)
@@ -2599,7 +2586,7 @@ def _check(stack: _Stack, dry_run: bool) -> int:
     UP_FLAG.value = True
     stack.open()
     if dry_run:
-        actions = _look_once(stack)
+        actions = stack.look_once()
         for action in actions:
             print(f'{action.label}: {action.cause}: {action.plan or "nothing to do"}')
         return 1 if any(action.wanted for action in actions) else 0
@@ -2615,7 +2602,7 @@ def _check(stack: _Stack, dry_run: bool) -> int:
             watch.take_results()  # that may begin something else
         if watch.outage is not None:
             return 1
-        left = [action for action in _look_once(stack) if action.wanted]
+        left = [action for action in stack.look_once() if action.wanted]
     for action in left:
         logger.warning('%s: %s: %s', action.label, action.cause, action.plan)
     return 1 if left or watch.failures else 0
@@ -2628,7 +2615,7 @@ def _status(stack: _Stack, as_json: bool) -> int:
         stack.open()
     except ComposeError as failure:
         error = str(failure)
-    actions, now = _look_once(stack), stack.engine.get_time()
+    actions, now = stack.look_once(), stack.engine.get_time()
     rows = [_make_row(action, now) for action in actions]
     rows.sort(key=lambda row: (row['service'], row.get('container', '')))
     ok = not error and not any(row['fault'] for row in rows)

@@ -2512,10 +2512,15 @@ def look(**changes):
     return sorted((c for group in changed for c in group), key=lambda c: c.id != 'new')
 
 
+def find_faults(*arguments):
+    """Return what decide() says of what is not well."""
+    return [a for a in bc.decide(*arguments) if a.wanted or a.why and a.cause != 'running']
+
+
 def plan(containers, services=SERVICES, history=None, settings=FAST):
     """Return what is found, in words; in brackets what is so because somebody said so."""
     lines = []
-    for action in bc.decide(containers, services, NOW, history or History(), settings):
+    for action in find_faults(containers, services, NOW, history or History(), settings):
         words = [action.verb.name.lower() + ' ' + action.label, action.cause, action.why]
         line = ': '.join(filter(None, words))
         lines.append(line if action.wanted else '(' + line + ')')
@@ -2801,7 +2806,7 @@ def decide_on_db(state='exited', streak=None, seen=NOW, settings=FAST, crashed=(
     seen = {(verb, 'db1'): seen for verb in Verb}
     streaks = {'db1': streak} if streak else {}
     history = History(seen, streaks, frozenset(crashed))
-    (action,) = bc.decide(look(db=db), SERVICES, NOW, history, settings)
+    (action,) = find_faults(look(db=db), SERVICES, NOW, history, settings)
     return action
 
 
@@ -2809,7 +2814,7 @@ SETTLING = FAST._replace(settle=3)
 
 
 def test_what_may_have_been_done_by_hand_is_due_when_it_has_lasted_for_settle():
-    (action,) = bc.decide(look(db=make('db', 'exited')), SERVICES, NOW, History(), SETTLING)
+    (action,) = find_faults(look(db=make('db', 'exited')), SERVICES, NOW, History(), SETTLING)
     assert (action.since, action.due) == (NOW, NOW + 3)
     later = decide_on_db(settings=SETTLING, seen=NOW - 2)
     assert (later.since, later.due) == (NOW - 2, NOW + 1)
@@ -2860,13 +2865,13 @@ def test_siblings_of_a_container_in_a_crash_loop_do_not_wait_for_it():
     containers = look(db=[make('db', 'exited'), make('db', 'exited', number='2')])
     services = dict(SERVICES, db=Service(scale=3))
     history = History({}, {'db1': Streak(9, NOW - 9, NOW)}, frozenset())
-    due = {a.key: a.due - NOW for a in bc.decide(containers, services, NOW, history, FAST)}
+    due = {a.key: a.due - NOW for a in find_faults(containers, services, NOW, history, FAST)}
     assert due == {'db1': 256, 'db2': 0, 'db': 0}
 
 
 def test_creating_that_fails_is_tried_less_and_less_often():
     history = History({}, {'db': Streak(3, NOW - 9, NOW - 1)}, frozenset())
-    (action,) = bc.decide(look(db=None), SERVICES, NOW, history, FAST)
+    (action,) = find_faults(look(db=None), SERVICES, NOW, history, FAST)
     assert action.due == NOW + 4
 
 
@@ -2875,7 +2880,7 @@ def test_unpausing_that_fails_is_tried_less_and_less_often():
 
 
 def test_what_is_left_alone_is_never_due():
-    actions = bc.decide(look(core=make(state='exited')), SERVICES, NOW, History(), FAST)
+    actions = find_faults(look(core=make(state='exited')), SERVICES, NOW, History(), FAST)
     assert [a.due for a in actions if a.verb is Verb.LEAVE] == [float('inf')]
 
 
@@ -2908,14 +2913,10 @@ def test_invariants_hold_over_random_histories(seed):
         containers = draw_containers(rng)
         actions = bc.decide(containers, services, now, history, settings)
         assert actions == bc.decide(containers, services, now, history, settings)
-        ids = [action.container.id for action in actions if action.container]
-        assert len(ids) == len(set(ids)), 'never two actions on one container'
+        judged = [action.container for action in actions if action.container]
+        assert judged == containers, 'one action for each container'
         for action in actions:
             check_action(action, services, history, settings)
-        for container in containers:
-            if container.service in services and container.id not in ids:
-                fine = container.state is State.RUNNING and not container.lost
-                assert fine or container.exit_code == 0, 'no fault is concealed'
         due = [a for a in actions if a.due <= now]
         streaks = {a.key: a.streak._replace(repairs=a.streak.repairs + 1, ended=now) for a in due}
         seen = {(a.verb, a.key): a.since for a in actions if now < a.due < float('inf')}
@@ -2924,31 +2925,36 @@ def test_invariants_hold_over_random_histories(seed):
 
 
 def check_action(action, services, history, settings):
-    assert action.service in services and action.cause
+    container, known = action.container, action.service in services
+    assert action.cause
     if action.verb is Verb.LEAVE:
-        assert action.why and action.due == float('inf')
+        assert action.due == float('inf') and (action.why or not action.wanted)
+        if known and not action.why:
+            fine = container.state is State.RUNNING and not container.lost
+            assert fine or container.exit_code == 0, 'no fault is concealed'
         return
+    assert known
     assert action.wanted and not action.why and not services[action.service].left
     at_once = action.key in history.crashed or action.cause == 'unhealthy'
     assert at_once or action.due >= action.since + settings.settle, 'never before settle'
-    if action.container:
-        assert not action.container.left
-        assert action.container.state not in (State.RESTARTING, State.REMOVING)
+    if container:
+        assert not container.left
+        assert container.state not in (State.RESTARTING, State.REMOVING)
 
 
 def test_finished_one_shot_is_not_made_anew_for_a_network_that_is_gone():
     wanted = {'init': 'service_completed_successfully'}
     services = {'init': Service(), 'web': Service(depends_on=wanted, scale=0)}
     done = Container('a', 'init-1', 'init', '1', State.EXITED, 0, lost='its network shop')
-    assert bc.decide([done], services, 0.0, History(), FAST) == []
+    assert find_faults([done], services, 0.0, History(), FAST) == []
 
 
 def test_sharer_whose_start_is_not_known_is_not_restarted():
     owner = Container('a', 'core-1', 'core', '1', State.RUNNING, since=5.0)
     sharer = Container('b', 'side-1', 'side', '1', State.RUNNING, owners={'a': 'network'})
     services = {'core': Service(), 'side': Service(owners=('core',))}
-    assert bc.decide([sharer, owner], services, 0.0, History(), FAST) == []
-    (action,) = bc.decide([sharer._replace(since=3.0), owner], services, 0.0, History(), FAST)
+    assert find_faults([sharer, owner], services, 0.0, History(), FAST) == []
+    (action,) = find_faults([sharer._replace(since=3.0), owner], services, 0.0, History(), FAST)
     assert action.verb is Verb.RESTART
 
 
@@ -3316,21 +3322,17 @@ def test_replicas_are_those_tasks_that_run_and_shall_run(world, tasks, condition
 
 def test_stack_that_a_swarm_does_not_remove_is_an_error(world):
     world.declare('core')
-    counts = {'RunningTasks': 1, 'DesiredTasks': 1}
-    world.swarm['services'].append(
-        {'ID': '1', 'Spec': {'Name': 'shop_core'}, 'ServiceStatus': counts}
-    )
-    world.swarm['tasks'] = [task('running', 'running')]
     world.command('stack rm', code=1, err='no way')
-    with pytest.raises(ComposeError, match='docker stack rm shop: left: core'):
+    with pytest.raises(ComposeError, match='docker stack rm shop: exit code 1: no way'):
         bc.stop_container(SWARM)
 
 
 @pytest.mark.parametrize('prune', list(bc.Prune))
 def test_nothing_is_pruned_where_a_swarm_runs_the_stack(world, prune):
-    with contextlib.closing(bc._make_stack(SWARM._replace(prune=prune))) as stack:
-        stack._clean_up([])
-    assert world.changes() == []
+    world.declare('core')
+    world.command('stack rm', out='')
+    bc.stop_container(SWARM._replace(prune=prune))
+    assert world.changes() == ['stack rm shop']
 
 
 def test_engine_that_is_too_old_for_the_mode_is_told_before_anything_is_changed(
@@ -3342,8 +3344,8 @@ def test_engine_that_is_too_old_for_the_mode_is_told_before_anything_is_changed(
         caplog.clear()
         code, _, errors = command(*words, '--mode', 'swarm')
         told = [*errors.splitlines(), *caplog.messages]
-        assert code == 1 and len(told) == 1
-        assert told[0].endswith('--mode swarm: it takes an engine with API 1.41')
+        assert code == 2 and len(told) == 1
+        assert told[0].endswith('--mode swarm: it takes an engine with API 1.41 or later')
     assert world.changes() == []
 
 
@@ -4327,7 +4329,7 @@ def test_start_needs_few_requests_and_commands(world):
     world.declare('core')
     bc.start_container(FAST)
     commands = sorted(' '.join(argv).split(' --')[0] for argv in world.commands())
-    assert commands == ['compose config', 'compose up', 'context inspect']
+    assert commands == ['compose up', 'context inspect']
     assert len(world.requests()) <= 4
 
 
@@ -4340,12 +4342,14 @@ def answer_config_after_up(world):
     return came
 
 
-def test_first_stack_of_an_engine_is_brought_up_while_its_files_are_read(world):
+def test_first_stack_of_an_engine_is_brought_up_before_its_files_are_read(world):
     world.declare('core')
     came = answer_config_after_up(world)
     with bc.docker_compose(FAST):
-        assert came == [True]
         assert world.state('core1') == 'running'
+        assert eventually(lambda: came == [True])
+        world.crash('core1')
+        assert eventually(lambda: world.state('core1') == 'running')
     assert not world.containers
 
 
@@ -4366,12 +4370,23 @@ def test_files_are_read_first_where_there_may_be_something_to_look_out_for(world
     assert came == [False] and world.state('side1') == 'running'
 
 
-def test_start_whose_files_cannot_be_read_is_undone_although_up_could(world, caplog):
+def test_stack_whose_files_cannot_be_read_although_up_could_is_up_and_that_is_told(world, caplog):
     world.declare('core')
+    world.command('compose config', code=15, err='yaml: no')
+    with pytest.warns(ComposeWarning, match='docker compose config .*: yaml: no'):
+        with bc.docker_compose(FAST):
+            assert eventually(lambda: 'Docker does not answer' in caplog.text)
+            assert world.state('core1') == 'running'
+    assert not world.containers
+
+
+def test_first_start_that_fails_names_what_is_wrong_with_the_files_and_is_undone(world, caplog):
+    world.declare('core')
+    world.command('compose up', code=1, err='whatever')
     world.command('compose config', code=15, err='yaml: no')
     with pytest.raises(ComposeError, match='docker compose config .*: yaml: no'):
         bc.start_container(FAST)
-    assert summary(world) == [UP, 'remove core1']
+    assert not world.containers
     assert caplog.messages == []  # the error says it all
 
 
