@@ -140,7 +140,7 @@ def _quote(command: Iterable[str]) -> str:
 
 def _warn(text: str) -> None:
     """Log and issue a ComposeWarning: each time, not once per text; -W error does not raise it."""
-    logger.warning('%s', _one_line(text))
+    logger.warning(_one_line(text))
     with contextlib.suppress(ComposeWarning):
         warnings.warn_explicit(_one_line(text), ComposeWarning, __file__, 0, registry=None)
 
@@ -515,7 +515,7 @@ class _Process:
         self, command: Sequence[str], place: _Place, peer: Optional[socket.socket] = None
     ) -> None:
         """Start it; *peer* becomes its standard input and output."""
-        logger.debug('running %s', _quote(command))
+        logger.debug(f'running {_quote(command)}')
         guard = _GUARD.format('&1' if peer else '/dev/null')
         try:
             self.lifeline, theirs = socket.socketpair()
@@ -1022,6 +1022,9 @@ class Action(NamedTuple):
         """What the log calls it."""
         return self.container.label if self.container else self.service
 
+    def __str__(self) -> str:
+        return f'{self.label}: {self.cause}'
+
 
 class History(NamedTuple):
     """What decide() needs to know of the past."""
@@ -1235,7 +1238,7 @@ def _going_on(how: str) -> Iterator[None]:
     try:
         yield
     except ComposeError as error:
-        logger.error('%s; %s', error, how)
+        logger.error(f'{error}; {how}')
 
 
 class _Docker:
@@ -1408,12 +1411,11 @@ class _Project(_Docker):
 
     # -- what is there
 
-    def _list(self, path: str, *labels: str) -> List[_Entry]:
+    def _list(self, path: str, *labels: str) -> Any:
         """Return the engine's list of what has these labels."""
         query = json.dumps({'label': labels})
         # all: also what does not run; status: of a swarm's services
-        found: List[_Entry] = self.engine.request('GET', path, all=1, filters=query, status='true')
-        return found
+        return self.engine.request('GET', path, all=1, filters=query, status='true')
 
     def observe(self, named: Optional[Set[str]] = None) -> List[Container]:
         """Return all containers of the project but one-offs, newest first. The only reader.
@@ -1478,7 +1480,7 @@ class _Project(_Docker):
         try:
             return self.engine.request('GET', path, limit, absent=(404,))
         except ComposeError as error:
-            logger.debug('%s', error)
+            logger.debug(f'{error}')
             return {}
 
     def _find_there(self, containers: Containers, entries: Sequence[_Entry]) -> Set[str]:
@@ -1616,7 +1618,7 @@ class _Stack(_Project):
         except ComposeError as error:
             if error.returncode not in (403, 404, 409):
                 raise
-            logger.info('network %s stays: %s', network[:12], error.reason)
+            logger.info(f'network {network[:12]} stays: {error.reason}')
 
     # -- the beginning and the end
 
@@ -1631,14 +1633,14 @@ class _Stack(_Project):
             self.read_services()
             before = self.observe()
         try:
-            self._bring_up(self._make_ready(before))
+            self._up(self._make_ready(before))
         except BaseException as error:
             self.flag = UpFlag()  # nothing cancels that
             if self.settings.on_exit is OnExit.STOP:
                 self._undo(before, there, error)
             raise
 
-    def _bring_up(self, options: Optional[List[str]]) -> None:
+    def _up(self, options: Optional[List[str]]) -> None:
         """Run `up`; with no options, there is nothing to do."""
         if options is None:
             return
@@ -1662,7 +1664,7 @@ class _Stack(_Project):
         left = self._find_left(before, services)
         names = sorted(services.keys() - left)
         if left:
-            logger.info('left as it is: %s', ', '.join(sorted(left)))
+            logger.info(f'left as it is: {", ".join(sorted(left))}')
             options += ['--no-deps', *names]
         return options if names or not left else None
 
@@ -1687,11 +1689,8 @@ class _Stack(_Project):
             wanted = (Verb.UNPAUSE, Verb.REMOVE, Verb.RECREATE)
             actions = [action for action in actions if action.verb in wanted]
             for action in actions:
-                try:
+                with _going_on(f'{action}, not {action.verb.value}'):
                     self.act(action.verb, [action])
-                except ComposeError as error:
-                    done = action.verb.value
-                    logger.warning('%s: %s, not %s: %s', action.label, action.cause, done, error)
             if actions:
                 containers = self.observe()
 
@@ -1734,7 +1733,7 @@ class _Stack(_Project):
             raw = str(error).encode()
         text = re.sub(rb'[\0-\2]\0\0\0....', b'', raw, flags=re.DOTALL)  # headers of the parts
         for line in text.decode('utf-8', 'replace').splitlines():
-            logger.error('%s: %s: %s', container.label, container.condition, _one_line(line))
+            logger.error(f'{container.label}: {container.condition}: {_one_line(line)}')
 
     def stop(self) -> None:
         """Stop the stack gracefully, kill what outlasts its time, and clean up in any case."""
@@ -1748,22 +1747,22 @@ class _Stack(_Project):
             paused = [c for c in own if c.state is State.PAUSED]  # they can't stop gracefully
             _in_parallel(functools.partial(self.post, 'unpause'), paused)
         grace = max([c.grace for c in own], default=_DEFAULT_GRACE)
-        logger.info('stopping the stack (up to %g s)', grace)
+        logger.info(f'stopping the stack (up to {grace:g} s)')
         names = [name for name in self.services if name not in self.copies] if self.copies else []
         with _going_on('stopping the containers one by one'):
             if names or not self.copies:
                 self.compose('stop', *names, limit=self.settings.timeout + grace)
         removed = ''
         try:
-            own = self._end(own)
+            own = self._halt()
         finally:
             try:
                 removed = self._clean_up(own)
             except ComposeError as error:
                 _warn(f'the clean-up failed: {error}')
-        logger.info('stopped%s', removed)
+        logger.info(f'stopped{removed}')
 
-    def _end(self, own: Containers, what: str = 'stop') -> Containers:
+    def _halt(self, what: str = 'stop') -> Containers:
         """Stop what Compose leaves, or kill what can't be stopped; return all that there is.
 
         It leaves the services of a profile, and what is not in its file any more.
@@ -1774,8 +1773,8 @@ class _Stack(_Project):
         except ComposeError as error:
             if what == 'kill':
                 raise
-            logger.error('%s; killing the containers', error)
-            return self._end(own, 'kill')
+            logger.error(f'{error}; killing the containers')
+            return self._halt('kill')
         return own
 
     def _clean_up(self, own: Containers) -> str:
@@ -1829,7 +1828,7 @@ class _Swarm(_Stack):
                 raise ValueError(f'{name}: Swarm can share no network_mode, pid or ipc')
             self.services[name] = Service(left=service.left)
 
-    def _look(self, *_: Any) -> Iterator[Container]:
+    def _look(self, named: Any) -> Iterator[Container]:
         """Give the services of the stack.
 
         Tasks are counted here: the swarm's own count keeps those of a node that is down.
@@ -1837,7 +1836,8 @@ class _Swarm(_Stack):
         own = f'{_NAMESPACE}={self.project}'
         tasks = sorted(self._list('/tasks', own), key=lambda task: task['CreatedAt'])
         for entry in self._list('/services', own):
-            running, error = 0, 'starting'
+            running = 0
+            error = 'starting'
             for task in tasks:
                 if task['ServiceID'] == entry['ID']:
                     running += task['Status']['State'] == task['DesiredState'] == 'running'
@@ -1857,7 +1857,7 @@ class _Swarm(_Stack):
             self._deploy(_STEADY)
             return
         fault, looks = actions[0], 0
-        _warn(f'{fault.label}: {fault.cause}')
+        _warn(f'{fault}')
         while looks < 20:  # ten seconds: in a crash loop it runs now and then
             threading.Event().wait(0.5)
             looks += 1
@@ -1873,7 +1873,7 @@ class _Swarm(_Stack):
         for step in _count_down(limit):
             actions = self.look_once()
             for action in actions:
-                tell(f'{action.label}: {action.cause}')
+                tell(f'{action}')
             if not any(action.wanted for action in actions):
                 break
             threading.Event().wait(step)
@@ -1992,7 +1992,7 @@ class _Watch:
                     self.events.append(event)
                     self.wake.set()
             except (_Cancelled, ComposeError, KeyError, TypeError) as error:
-                logger.debug('%s', error)
+                logger.debug(f'{error}')
             self.over.wait(max(0.0, began + 2.0 - self.clock()))
 
     def cycle(self, woken: bool = True) -> float:
@@ -2005,7 +2005,7 @@ class _Watch:
         except ComposeError as error:
             return self._suffer(error, now)
         if self.outage is not None:
-            logger.info('Docker answers again, after %.0f s', now - self.outage)
+            logger.info(f'Docker answers again, after {now - self.outage:.0f} s')
             self.outage = None
         services = self.stack.get_services(self._note_holds())
         history = History(self.seen, self.streaks, frozenset(self.crashed))
@@ -2115,7 +2115,7 @@ class _Watch:
         for name in sorted(self.holds.keys() ^ before.keys()):
             until = self.holds.get(name)
             told = f'on hold until {_clock_time(until)}' if until else 'not on hold any more'
-            logger.info('%s: %s', name, told)
+            logger.info(f'{name}: {told}')
         return self.holds
 
     def _tell(self, actions: Sequence[Action], now: float, woken: bool) -> None:
@@ -2131,7 +2131,7 @@ class _Watch:
             self.stack.engine.cut_stream()
 
     def _report(self, containers: Containers, actions: Sequence[Action]) -> None:
-        status = '; '.join(f'{action.label}: {action.cause}' for action in actions if action.wanted)
+        status = '; '.join(f'{action}' for action in actions if action.wanted)
         running = [c.state is State.RUNNING for c in containers if c.service in self.stack.services]
         well = f'{sum(running)} of {len(running)} running'
         self.stack.notify(f'STATUS={status or well}\nWATCHDOG=1')
@@ -2174,12 +2174,12 @@ class _Watch:
         if action.verb in _UP:
             self.declared = {action.service}  # no id: it may be declared in another way by now
         if error is None:
-            logger.info('%s: %s -> %s (%.2f s)', action.label, action.cause, done, now - began)
+            logger.info(f'{action} -> {done} ({now - began:.2f} s)')
             failures, ill = 0, action.cause == 'unhealthy'
         else:
             instead = self._find_instead(action, error)
             level = logging.INFO if instead else logging.ERROR
-            logger.log(level, '%s: %s, not %s: %s', action.label, action.cause, done, error)
+            logger.log(level, f'{action}, not {done}: {error}')
             if instead:
                 self._begin([action._replace(verb=instead)], began)
                 return
@@ -2454,7 +2454,7 @@ def _handling(signals: Iterable[int]) -> Iterator[None]:
                 _Signals.previous.pop(signum, None)
             while _Signals.noted:
                 name = signal.Signals(_Signals.noted.pop(0)).name
-                logger.info('%s came when the end was under way already; it changed nothing', name)
+                logger.info(f'{name} came when the end was under way already; it changed nothing')
 
 
 # -- the command line ------------------------------------------------------------------------------
@@ -2564,7 +2564,7 @@ def _run_until_signal(stack: _Stack) -> int:
     try:
         with _supervise(stack), contextlib.suppress(KeyboardInterrupt):
             name = signal.Signals(settings.kill_signal).name
-            logger.info('the stack is up and watched; %s or Ctrl+C stops it', name)
+            logger.info(f'the stack is up and watched; {name} or Ctrl+C stops it')
             _wait(threading.Event())
         return 0
     finally:
@@ -2588,7 +2588,7 @@ def _check(stack: _Stack, dry_run: bool) -> int:
     if dry_run:
         actions = stack.look_once()
         for action in actions:
-            print(f'{action.label}: {action.cause}: {action.plan or "nothing to do"}')
+            print(f'{action}: {action.plan or "nothing to do"}')
         return 1 if any(action.wanted for action in actions) else 0
     watch = _Watch(stack)
     with contextlib.closing(watch):
@@ -2604,7 +2604,7 @@ def _check(stack: _Stack, dry_run: bool) -> int:
             return 1
         left = [action for action in stack.look_once() if action.wanted]
     for action in left:
-        logger.warning('%s: %s: %s', action.label, action.cause, action.plan)
+        logger.warning(f'{action}: {action.plan}')
     return 1 if left or watch.failures else 0
 
 
@@ -2633,24 +2633,16 @@ def _make_row(action: Action, now: float) -> Dict[str, Any]:
     row: Dict[str, Any] = {'service': action.service, 'state': action.cause}
     container = action.container
     if container is not None:
+        age = datetime.timedelta(seconds=int(now - container.since))
         row.update(
             container=container.name,
             id=container.id,
             state=container.condition,
             health=container.health,
-            since=_describe_age(now - container.since) if container.since else '',
+            since=str(age) if container.since else '',
             watched=not container.left,
         )
     return {**row, 'fault': action.wanted, 'note': action.plan}
-
-
-def _describe_age(seconds: float) -> str:
-    """Return a number of seconds in words, such as '5 minutes'."""
-    for unit, size in (('day', 86400), ('hour', 3600), ('minute', 60), ('second', 1)):
-        count = int(seconds / size)
-        if count > 0:
-            return f'{count} {unit}' if count == 1 else f'{count} {unit}s'
-    return '0 seconds'
 
 
 def _print_table(rows: Sequence[Mapping[str, Any]]) -> None:
@@ -2671,7 +2663,7 @@ def _hold(stack: _Stack, names: Sequence[str], span: float) -> int:
     try:
         stack.open()
     except ComposeError as error:
-        logger.warning('%s; so the containers tell the services', error)
+        logger.warning(f'{error}; so the containers tell the services')
     known = sorted({*stack.services, *(c.service for c in stack.observe())})
     for name in names:
         if name not in known:
