@@ -1569,7 +1569,8 @@ class _Stack(_Project):
     def look_once(self) -> List[Action]:
         """Return what would be done, without regard to what has been."""
         services = self.get_services(self.read_holds())
-        return decide(self.observe(), services, 0.0, History(), self.settings)
+        actions = decide(self.observe(), services, 0.0, History(), self.settings)
+        return sorted(actions, key=lambda action: action.label)
 
     # -- repairs
 
@@ -2617,7 +2618,6 @@ def _status(stack: _Stack, as_json: bool) -> int:
         error = str(failure)
     actions, now = stack.look_once(), stack.engine.get_time()
     rows = [_make_row(action, now) for action in actions]
-    rows.sort(key=lambda row: (row['service'], row.get('container', '')))
     ok = not error and not any(row['fault'] for row in rows)
     if as_json:
         document = {'project': stack.project, 'ok': ok, 'error': error, 'containers': rows}
