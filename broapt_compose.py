@@ -576,7 +576,7 @@ class _Process:
                     key.data.extend(chunk)
                     del key.data[: -_OUTPUT_LIMIT if key.data is output else -_ERROR_LIMIT]
         return (
-            int(code) if code else None,
+            int(code or b'137') if code or ended else None,  # 137: somebody has killed the shell
             output.decode('utf-8', 'replace'),
             errors.decode('utf-8', 'replace'),
         )
@@ -1051,7 +1051,7 @@ def decide(
 def _judge(container: Container, own: Containers, services: Services) -> Action:
     """Return what would mend a container, by the table of the contract."""
     well = Action(Verb.LEAVE, container.service, container, container.condition, wanted=False)
-    if container.service not in services:
+    if not services.get(container.service, Service(scale=0)).scale:
         return well
     verb, cause, why = Verb.START, container.condition, ''
     name, state = container.service, container.state
@@ -1782,14 +1782,16 @@ class _Stack(_Project):
         """Delete what the setting *prune* says; return, in words, what is gone."""
         if self.settings.prune is Prune.NONE:
             return ''
-        # Providers want to be told. And 1.x, without a project yet: a start that failed before its
-        # first container may have left a network.
-        if not self.project or any(service.provided for service in self.services.values()):
-            self.compose('down')
-        if self.settings.prune is Prune.SYSTEM:
-            self._call(*self.docker, 'system', 'prune', '--volumes', '--force')
-        elif self.project:
-            self._remove_project(own)
+        try:
+            if self.settings.prune is Prune.SYSTEM:
+                self._call(*self.docker, 'system', 'prune', '--volumes', '--force')
+            elif self.project:
+                self._remove_project(own)
+        finally:
+            # Providers want to be told. And 1.x, without a project yet: a start that failed before
+            # its first container may have left a network.
+            if not self.project or any(service.provided for service in self.services.values()):
+                self.compose('down')
         return '; containers and networks removed'
 
     def _remove_project(self, own: Containers) -> None:
@@ -1900,9 +1902,10 @@ class _Swarm(_Stack):
         for step in _count_down(self.settings.timeout):
             # Those of finished jobs stay.
             if 'remove' not in [task['DesiredState'] for task in self._list('/tasks', own)]:
-                break
+                logger.info('stopped')
+                return
             threading.Event().wait(step)
-        logger.info('stopped')
+        _warn('the stack is removed; Swarm is still ending some of its containers')
 
 
 def _make_stack(settings: Optional[Settings]) -> _Stack:

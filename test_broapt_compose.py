@@ -1697,6 +1697,12 @@ def test_process_that_has_left_the_group_holds_up_nothing(place):
         os.kill(int(child_of(place)), signal.SIGKILL)
 
 
+def test_command_that_somebody_kills_with_its_whole_group_has_not_run_out_of_time(place):
+    with pytest.raises(ComposeError, match=r'exit code 137: ') as caught:
+        run(place, 'kill -9 0')
+    assert caught.value.returncode == 137
+
+
 def test_flood_is_read_but_only_its_end_is_kept(place):
     flood = 'yes xxxxxxxxx | head -c 100000000 >&2; echo the end >&2; exit 3'
     with pytest.raises(ComposeError, match='exit code 3: the end') as caught:
@@ -2800,6 +2806,11 @@ def test_containers_of_a_scaled_service_are_counted():
     assert plan(look(), dict(SERVICES, db=Service(scale=0, provided=True))) == []
 
 
+@pytest.mark.parametrize('state', ['exited', 'paused', 'created', 'dead'])
+def test_what_is_left_of_a_service_scaled_to_0_stays_as_it_is(state):
+    assert plan(look(web=make('web', state)), dict(SERVICES, web=Service(scale=0))) == []
+
+
 def decide_on_db(state='exited', streak=None, seen=NOW, settings=FAST, crashed=(), **fields):
     """Return the one action about db."""
     db = make('db', state, **fields)
@@ -3325,6 +3336,15 @@ def test_stack_that_a_swarm_does_not_remove_is_an_error(world):
     world.command('stack rm', code=1, err='no way')
     with pytest.raises(ComposeError, match='docker stack rm shop: exit code 1: no way'):
         bc.stop_container(SWARM)
+
+
+def test_containers_that_a_swarm_is_still_ending_after_the_time_are_told(world, caplog):
+    world.declare('core')
+    world.swarm['tasks'] = [task('remove', 'running')]
+    world.command('stack rm', out='')
+    with pytest.warns(ComposeWarning, match='Swarm is still ending some of its containers'):
+        bc.stop_container(SWARM._replace(timeout=0.5))
+    assert 'stopped' not in caplog.messages
 
 
 @pytest.mark.parametrize('prune', list(bc.Prune))
@@ -4689,6 +4709,24 @@ def test_providers_hear_of_the_end(world):
     with bc.docker_compose(FAST):
         pass
     assert 'compose down' in world.changes() and not world.containers
+
+
+def test_anonymous_volumes_go_although_a_provider_has_to_hear_of_the_end(world):
+    world.declare('core', db={'provider': {'type': 'x'}})
+    with bc.docker_compose(FAST):
+        pass
+    (removal,) = [line for line in world.changes() if line.startswith('DELETE /containers/core1?')]
+    assert 'v=1' in removal
+    assert world.changes().index(removal) < world.changes().index('compose down')
+
+
+def test_provider_hears_of_the_end_although_something_could_not_be_removed(world):
+    world.declare('core', db={'provider': {'type': 'x'}})
+    world.fault('DELETE /containers/core1', status=500, message='busy')
+    with pytest.warns(ComposeWarning, match='the clean-up failed: DELETE .* busy'):
+        with bc.docker_compose(FAST):
+            pass
+    assert 'compose down' in world.changes()
 
 
 def test_container_of_a_committed_image_outlives_the_stack(world):
