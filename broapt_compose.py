@@ -1055,7 +1055,7 @@ def _judge(container: Container, own: Containers, services: Services) -> Action:
         return well
     verb, cause, why = Verb.START, container.condition, ''
     name, state = container.service, container.state
-    idle, renewed = _judge_owners(container, own, services)
+    obstacle, renewal = _judge_owners(container, own, services)
     if state is State.PAUSED:
         verb = Verb.UNPAUSE
     elif state is State.DEAD:
@@ -1070,10 +1070,11 @@ def _judge(container: Container, own: Containers, services: Services) -> Action:
         alone = [c.service for c in own].count(name) == 1
         verb = Verb.RECREATE if alone else Verb.REMOVE  # siblings would be created anew, too
         cause, why = f'{container.lost} is gone', _find_obstacle(name, own, services)
-    elif idle or state is not State.RUNNING:
-        why = idle or (_find_obstacle(name, own, services) if state is State.CREATED else '')
-    elif renewed:
-        verb, cause = Verb.RESTART, renewed
+    elif obstacle or state is not State.RUNNING:
+        first = state is State.CREATED
+        why = obstacle or (_find_obstacle(name, own, services) if first else '')
+    elif renewal:
+        verb, cause = Verb.RESTART, renewal
     elif container.health == 'unhealthy' and not _is_being_replaced(container, own):
         verb = Verb.RESTART
     else:
@@ -1094,15 +1095,17 @@ def _is_being_replaced(container: Container, own: Containers) -> bool:
 
 def _judge_owners(container: Container, own: Containers, services: Services) -> Tuple[str, str]:
     """Return what hinders a container that shares a namespace, and what makes it useless; or ''."""
-    idle = renewed = ''
+    obstacle = renewal = ''
     for owner in own if container.owners else ():
         kind = container.owners.get(owner.id) or container.owners.get(owner.name)
         if kind and owner.state not in (State.RUNNING, State.PAUSED):
             unwatched = services[owner.service].left or owner.left
-            idle = f"its {kind}'s owner is not running" + (' and not watched' if unwatched else '')
+            obstacle = f"its {kind}'s owner is not running" + (
+                ' and not watched' if unwatched else ''
+            )
         elif kind and owner.since > container.since > 0:
-            renewed = f'its {kind} is gone: {owner.label} was started after it'
-    return idle, renewed
+            renewal = f'its {kind} is gone: {owner.label} was started after it'
+    return obstacle, renewal
 
 
 def _is_done(container: Container, services: Services) -> bool:
@@ -1417,24 +1420,23 @@ class _Project(_Docker):
         # all: also what does not run; status: of a swarm's services
         return self.engine.request('GET', path, all=1, filters=query, status='true')
 
-    def observe(self, named: Optional[Set[str]] = None) -> List[Container]:
+    def observe(self, afresh: bool = True) -> List[Container]:
         """Return all containers of the project but one-offs, newest first. The only reader.
 
-        *named*: those that events have named; None: any may have changed in any way.
+        *afresh*: nothing is known, for any may have changed in any way.
         """
+        if afresh:
+            self.known = {}
         if not self.project:
             self.find_project()
         try:
-            return list(self._look(named)) if self.project else []
+            return list(self._look()) if self.project else []
         except _MISREAD as error:
             path = ('GET', '/containers')
             raise ComposeError(path, None, '', f'its answer is not understood: {error!r}') from None
 
-    def _look(self, named: Optional[Set[str]]) -> Iterable[Container]:
-        """Take one list, and inspect each container that is new, named, or not plainly running.
-
-        For right after an event, the list may still show what was before.
-        """
+    def _look(self) -> Iterable[Container]:
+        """Take one list, and inspect each container of which that may not tell enough."""
         entries = self._list('/containers/json', f'{_PROJECT}={self.project}')
         entries.sort(key=lambda entry: -int(entry['Created']))
         services = [e for e in entries if e['Labels'].get(_ONE_OFF) != 'True']
@@ -1442,20 +1444,22 @@ class _Project(_Docker):
         self.copies = [e['Labels'].get(_SERVICE) for e in copies]
         own = [e for e in services if e not in copies]
         self.files = own[0]['Labels'].get(_FILES, '').split(',') if own else []
-        _in_parallel(self._note, [e for e in own if self._is_stale(e, named)])
+        _in_parallel(self._note, [e for e in own if self._is_stale(e)])
         containers = [self.known[e['Id']] for e in own if e['Id'] in self.known]
         self.known = {c.id: c for c in containers}
         there = self._find_there(containers, entries)
         return [c._replace(lost=_find_loss(c, there)) for c in containers]
 
-    def _is_stale(self, entry: _Entry, named: Optional[Set[str]]) -> bool:
+    def _is_stale(self, entry: _Entry) -> bool:
         """Tell whether more than the list must be asked about a container."""
         known = self.known.get(entry['Id'])
-        if known is None or named is None or known.id in named:
+        if known is None:
             return True
         listed_well = entry['State'] == 'running' and 'unhealthy' not in entry['Status']
         known_well = known.state is State.RUNNING and known.health in ('', 'healthy')
-        return not (listed_well and known_well and known.since)  # 0: inspect had no answer
+        if listed_well and known_well:
+            return not known.since  # inspect had no answer
+        return not entry['Status'].startswith(f'Exited ({known.exit_code})')
 
     def _is_copy(self, entry: _Entry) -> bool:
         """Tell whether its labels come from an image that `docker commit` made of a container."""
@@ -1488,7 +1492,7 @@ class _Project(_Docker):
         there = {entry['Id'] for entry in entries}
         for entry in entries:
             there.update(name[1:] for name in entry['Names'] or ())
-        if not all(c.state.alive for c in containers):
+        if not all(c.state.alive or _is_done(c, self.services) for c in containers):
             for network in self._list('/networks'):
                 there |= {network['Id'], network['Name']}
         others = {owner for c in containers for owner in c.owners} - there
@@ -1727,11 +1731,10 @@ class _Stack(_Project):
         if container.condition == 'running':
             return
         path, query = f'/containers/{container.id}/logs', {'stdout': 1, 'stderr': 1, 'tail': 10}
-        try:
-            with self.engine.ask('GET', path, self.engine.limit, query) as (_, answer):
-                raw = answer.read() if answer.status == 200 else b''
-        except ComposeError as error:
-            raw = str(error).encode()
+        raw = b''
+        how = _going_on('its log is not shown')
+        with how, self.engine.ask('GET', path, self.engine.limit, query) as (_, answer):
+            raw = answer.read()
         text = re.sub(rb'[\0-\2]\0\0\0....', b'', raw, flags=re.DOTALL)  # headers of the parts
         for line in text.decode('utf-8', 'replace').splitlines():
             logger.error(f'{container.label}: {container.condition}: {_one_line(line)}')
@@ -1831,7 +1834,7 @@ class _Swarm(_Stack):
                 raise ValueError(f'{name}: Swarm can share no network_mode, pid or ipc')
             self.services[name] = Service(left=service.left)
 
-    def _look(self, named: Any) -> Iterator[Container]:
+    def _look(self) -> Iterator[Container]:
         """Give the services of the stack.
 
         Tasks are counted here: the swarm's own count keeps those of a node that is down.
@@ -1919,8 +1922,8 @@ _EVENTS = 'create start kill die stop oom pause unpause destroy remove health_st
 _ADVICE = (
     'It is tried again, less and less often, until somebody mends that, or puts the service on hold'
 )
-# HUP, USR1, USR2, WINCH: they ask for something else than the end.
-_RELOADS = ('1', '10', '12', '28')
+# Seconds from somebody's signal on: what ends later does not end by it. Some ask for a reload.
+_LONGEST_END = 300.0
 
 
 class _Watch:
@@ -1937,7 +1940,6 @@ class _Watch:
         self.results: Deque[Tuple[Action, Optional[Exception], float]] = collections.deque()
         self.since = 0.0  # the engine's time up to which all events have been seen
         self.stirred = -math.inf  # when the last event came
-        self.in_doubt = True  # whether the list tells all that changed: events may have been missed
         # Id -> until when, by the engine's clock, its end counts as somebody's deed.
         self.killed: Dict[str, float] = {}
         self.seen: Dict[Tuple[Verb, str], float] = {}  # as in History
@@ -2001,11 +2003,11 @@ class _Watch:
 
     def cycle(self, woken: bool = True) -> float:
         """Take one look and begin what is due; return the seconds until the next look is wanted."""
-        named = self._take_events()
+        self._take_events()
         self.take_results()
         now = self.clock()
         try:
-            containers = self._look(named)
+            containers = self._look()
         except ComposeError as error:
             return self._suffer(error, now)
         if self.outage is not None:
@@ -2045,17 +2047,19 @@ class _Watch:
                 self.busy.remove(key)
             self._record(action, error, began)
 
-    def _take_events(self) -> Set[str]:
-        """Note what the events tell; return the ids of the containers that they name."""
-        named = set()
+    def _take_events(self) -> None:
+        """Note what the events tell; a container that one names is not known any more.
+
+        For right after an event, the engine's list may still show what was before.
+        """
         while self.events:
             event = self.events.popleft()
-            if event is None:
-                self.in_doubt = True
+            if event is None:  # some may have been missed
+                self.stack.known = {}
                 continue
             kind, _, _ = event['Action'].partition(':')
             ident, told = event['Actor']['ID'], event['Actor']['Attributes']
-            named.add(ident)
+            self.stack.known.pop(ident, None)
             if kind in ('kill', 'stop', 'destroy', 'remove'):
                 self._note_deed(event, (ident, told.get(_SERVICE, '')))
             if kind == 'die' and event['time'] >= self.killed.get(ident, -math.inf):
@@ -2063,7 +2067,6 @@ class _Watch:
             if kind in ('start', 'destroy', 'remove'):
                 self.killed.pop(ident, None)
                 self.crashed.discard(ident)
-        return named
 
     def _note_deed(self, event: Mapping[str, Any], keys: Sequence[str]) -> None:
         """Note what somebody did to a container: the count of its repairs begins anew."""
@@ -2073,16 +2076,14 @@ class _Watch:
                 return  # it was us
         for key in keys:
             self.streaks.pop(key, None)
-        reload = event['Actor']['Attributes'].get('signal') in _RELOADS
-        self.killed[keys[0]] = event['time'] + _STEADY if reload else math.inf
+        self.killed[keys[0]] = event['time'] + _LONGEST_END
 
-    def _look(self, named: Set[str]) -> List[Container]:
+    def _look(self) -> List[Container]:
         """Return the containers, having read the Compose files anew if somebody has deployed."""
-        in_doubt, self.in_doubt = self.in_doubt, True  # until this look has succeeded
         self.since = self.since or self.stack.engine.get_time()
         if not self.stack.services:
             self.stack.read_services()
-        containers = self.stack.observe(None if in_doubt else named)
+        containers = self.stack.observe(afresh=False)
         ids = {c.id for c in containers}
         if self.declared is None:
             self.declared = ids
@@ -2092,7 +2093,6 @@ class _Watch:
         if deployed or deploying:
             self.stack.read_services()
             self.declared = ids
-        self.in_doubt = False
         self._forget(containers)
         return containers
 

@@ -2979,9 +2979,9 @@ def shop(settings=FAST):
     return stack
 
 
-def seen(stack, named=None):
+def seen(stack, afresh=True):
     """Return the services and conditions that a look shows, the newest first."""
-    return [(c.label, c.condition) for c in stack.observe(named)]
+    return [(c.label, c.condition) for c in stack.observe(afresh)]
 
 
 def test_look_shows_all_containers_of_the_project_but_one_offs_the_newest_first(world):
@@ -3000,37 +3000,65 @@ def test_look_at_a_stack_that_is_well_is_one_request_whatever_the_number_of_cont
     stack = shop()
     assert len(stack.observe()) == 100
     before = len(world.log)
-    assert len(stack.observe(set())) == 100
+    assert len(stack.observe(afresh=False)) == 100
     (request,) = world.log[before:]
     assert request.startswith('GET /containers/json?all=1&filters=')
 
 
-def test_only_what_an_event_named_or_is_not_plainly_running_is_inspected(world):
-    world.run('core', 'side', 'db', 'ill')
-    world.crash('db1')
+def inspected(world, stack):
+    """Return whom a look inspects that goes on from what is known."""
+    before = len(world.log)
+    stack.observe(afresh=False)
+    asked = [line for line in world.log[before:] if line.split('?')[0].endswith('1/json')]
+    return sorted(re.findall('/([a-z]+)1/json', ''.join(asked)))
+
+
+def test_only_what_is_not_known_or_may_have_changed_unseen_is_inspected(world):
+    world.run('core', 'side', 'db', 'ill', 'web')
+    world.crash('db1', 3)
     world.turn('ill1', 'unhealthy')
+    world.act('pause', 'web1')
     stack = shop()
     stack.observe()
-    before = len(world.log)
-    stack.observe({'core1'})
-    asked = [line for line in world.log[before:] if line.split('?')[0].endswith('1/json')]
-    assert sorted(re.findall('/([a-z]+)1/json', ''.join(asked))) == ['core', 'db', 'ill']
+    assert inspected(world, stack) == ['ill', 'web']
+    del stack.known['core1']
+    assert inspected(world, stack) == ['core', 'ill', 'web']
+    world.act('start', 'db1')
+    world.crash('db1', 4)
+    assert inspected(world, stack) == ['db', 'ill', 'web']
+
+
+def test_look_at_a_stack_with_a_job_that_is_done_is_one_request_too(world):
+    once = {'init': {'condition': 'service_completed_successfully'}}
+    world.run('init', core={'depends_on': once})
+    world.crash('init1', 0)
+    stack = shop()
+    stack.read_services()
+    stack.observe()
+    before = len(world.requests())
+    assert seen(stack, afresh=False)[-1] == ('init', 'exited (0)')
+    (request,) = world.requests()[before:]
+    assert request.startswith('GET /containers/json?all=1&filters=')
 
 
 def test_container_that_an_event_named_is_seen_as_it_is_although_the_list_lags_behind(world):
     world.run('core')
-    stack = shop()
-    stack.observe()
-    world.lag('core1')
-    world.crash('core1', 3)
-    assert seen(stack, set()) == [('core', 'running')]
-    assert seen(stack, {'core1'}) == [('core', 'exited (3)')]
-    world.act('start', 'core1')
-    world.lag('core1')
-    world.act('pause', 'core1')
-    assert seen(stack, {'core1'}) == [('core', 'paused')]
-    world.stale.clear()
-    assert seen(stack, set()) == [('core', 'paused')]
+    with watch() as w:
+        run_cycle(w)
+        world.lag('core1')
+        world.crash('core1', 3)
+        assert seen(w.stack, afresh=False) == [('core', 'running')]
+        hear(w, world)
+        w._take_events()
+        assert seen(w.stack, afresh=False) == [('core', 'exited (3)')]
+        world.act('start', 'core1')
+        world.lag('core1')
+        world.act('pause', 'core1')
+        hear(w, world)
+        w._take_events()
+        assert seen(w.stack, afresh=False) == [('core', 'paused')]
+        world.stale.clear()
+        assert seen(w.stack, afresh=False) == [('core', 'paused')]
 
 
 def test_container_that_cannot_be_inspected_in_time_is_seen_as_the_list_shows_it(world):
@@ -3575,7 +3603,7 @@ def test_crash_is_repaired_at_once_and_what_people_do_only_when_it_has_settled(w
         world.events.clear()
         act(world)
         hear(w, world)
-        w.in_doubt = True
+        w.stack.known = {}
         run_cycle(w)
     assert bool(summary(world)) == at_once
 
