@@ -471,7 +471,7 @@ class _Place(NamedTuple):
     """Where commands run."""
 
     folder: str  # stays, whatever the host does with its own
-    environment: Dict[str, str]  # on top of the host's: what pins Compose to the engine
+    environment: Dict[str, str]  # on top of the host's; what pins Compose to the engine is added
 
     def get_environment(self) -> Dict[str, str]:
         """Return the whole environment."""
@@ -764,7 +764,7 @@ def _find_trouble(error: Exception, sock: Optional[_Socket], limit: float) -> st
 
 # -- records ---------------------------------------------------------------------------------------
 class State(enum.Enum):
-    """Of a container, in Docker's words, or of a service on a swarm."""
+    """Of a container, in Docker's words; or of a service on a swarm."""
 
     CREATED = 'created'
     RUNNING = 'running'
@@ -787,7 +787,6 @@ class State(enum.Enum):
 
 
 _PODMAN_STATES = {'stopped': 'exited', 'stopping': 'removing', 'initialized': 'created'}
-_LABEL = 'labelled broapt.watch=false'
 
 
 class Container(NamedTuple):
@@ -872,7 +871,8 @@ def _read_container(entry: Mapping[str, Any], details: Mapping[str, Any]) -> Con
 
 def _read_left(labels: Mapping[str, Any]) -> str:
     """Return why a container, or a service, with these labels is left alone; '': it is not."""
-    return _LABEL if str(labels.get('broapt.watch')).lower() == 'false' else ''
+    watched = str(labels.get('broapt.watch')).lower() != 'false'
+    return '' if watched else 'labelled broapt.watch=false'
 
 
 def _read_health(health: Mapping[str, Any]) -> str:
@@ -1159,7 +1159,7 @@ def _schedule(
         return action._replace(verb=Verb.LEAVE, why=why, wanted=action.wanted and not left)
     since = history.seen.get((action.verb, action.key), now)
     streak = history.streaks.get(action.key, Streak())
-    if since - streak.ended >= _STEADY and not streak.ill:
+    if since - streak.ended >= _STEADY and not streak.ill:  # over, or the first one
         streak = Streak(began=since)
     delay = min(2**streak.repairs // 2, _LONGEST_DELAY)  # 0, 1, 2, 4 ...
     # What shares the processes of another dies with it, whoever has ended that one.
@@ -1313,7 +1313,7 @@ class _Docker:
 
     def read_config(self) -> Any:
         """Return what `compose config` says, having found out which Compose there is."""
-        while not self.legacy:
+        while not self.legacy:  # once more with another command, if that has turned out to be right
             command = self.command
             try:
                 return json.loads(self.compose('config', '--format', 'json'))
@@ -1589,7 +1589,7 @@ class _Stack(_Project):
             if verb is Verb.REMOVE:
                 self.remove(container)
             else:
-                self.post(verb.name.lower(), container)
+                self.post(verb.name.lower(), container)  # the engine has the same words
 
     def _count_copies(self, services: Iterable[str]) -> List[str]:
         """Return options for `up`: Compose takes a copy for one of the service's own."""
@@ -1663,29 +1663,29 @@ class _Stack(_Project):
 
     def _make_ready(self, before: Containers) -> Optional[List[str]]:
         """Mend what `up` can't, and return its options; None if it has nothing to do."""
-        services = self.get_services(self.read_holds())
-        self._prepare(before, services)
-        options = self._count_copies(services)
-        left = self._find_left(before, services)
-        names = sorted(services.keys() - left)
-        if left:
-            logger.info(f'left as it is: {", ".join(sorted(left))}')
+        holds = self.read_holds()
+        self._prepare(before, self.get_services(holds))
+        options = self._count_copies(self.services)
+        spared = self._find_spared(before, holds)
+        names = sorted(self.services.keys() - spared)
+        if spared:
+            logger.info(f'left as it is: {", ".join(sorted(spared))}')
             options += ['--no-deps', *names]
-        return options if names or not left else None
+        return options if names or not spared else None
 
     def _list_all(self) -> Set[str]:
         """Return the ids of all containers and networks of the engine."""
         paths = ('/containers/json', '/networks')
         return {entry['Id'] for path in paths for entry in self._list(path)}
 
-    def _find_left(self, before: Containers, services: Services) -> Set[str]:
+    def _find_spared(self, before: Containers, holds: Mapping[str, float]) -> Set[str]:
         """Return the services that `up` must not touch: it starts what was stopped on purpose."""
-        left = {name for name, service in services.items() if service.left not in ('', _LABEL)}
+        spared = set(holds)
         for container in before:
-            service = services.get(container.service, Service())
-            if container.state is State.PAUSED and (service.left or container.left):
-                left.add(container.service)  # nor can it start that
-        return left & services.keys()
+            labelled = self.services.get(container.service, Service()).left or container.left
+            if labelled and container.state is State.PAUSED:  # nor can it start that
+                spared.add(container.service)
+        return spared & self.services.keys()
 
     def _prepare(self, containers: Containers, services: Services) -> None:
         """Mend what `up` can't: what is paused, dead, or has lost what it was made for."""
@@ -1819,7 +1819,8 @@ _NAMESPACE = 'com.docker.stack.namespace'
 class _Swarm(_Stack):
     """A stack on a swarm, which places, restarts and moves the containers itself.
 
-    Each service counts as one container, which runs when all of its replicas do.
+    Each service counts as one container, which runs when all of its replicas do. That it lacks some
+    is told by a repair that lasts until Swarm has mended it.
     """
 
     patience = 15.0
@@ -1858,7 +1859,7 @@ class _Swarm(_Stack):
             yield Container(entry['ID'], name, name, '', state, note=note)
 
     def act(self, verb: Verb, actions: Sequence[Action]) -> None:
-        """Deploy what is missing; of what lacks replicas, warn, and wait until it has had them."""
+        """Deploy what is missing; of what lacks replicas, warn, and wait until it has them."""
         if verb is Verb.CREATE:
             self._deploy(_STEADY)
             return
@@ -2027,10 +2028,10 @@ class _Watch:
         return wanted - self.clock()
 
     def _choose(self, actions: Sequence[Action], containers: Containers) -> List[Action]:
-        """Return the actions about what is not being repaired.
+        """Return the actions about what is not being repaired, those for Compose a moment later.
 
-        Compose waits for a moment's quiet while another container has ended, too: somebody may be
-        removing one after the other, and it would be run for each of them.
+        For while another container has ended, too, somebody may be removing one after the other,
+        and Compose would be run for each of them.
         """
         ended = any(c.state.ended for c in containers)
         quiet = self.stirred + _QUIET if ended else 0.0
@@ -2176,7 +2177,7 @@ class _Watch:
         """Remember a repair: the next one of the same may have to wait."""
         streak, now, done = action.streak, self.clock(), action.verb.value
         if action.verb in _UP:
-            self.declared = {action.service}  # no id: it may be declared in another way by now
+            self.declared = {action.service}  # no id, so that it differs: the files may, too
         if error is None:
             logger.info(f'{action} -> {done} ({now - began:.2f} s)')
             failures, ill = 0, action.cause == 'unhealthy'
@@ -2606,10 +2607,10 @@ def _check(stack: _Stack, dry_run: bool) -> int:
             watch.take_results()  # that may begin something else
         if watch.outage is not None:
             return 1
-        left = [action for action in stack.look_once() if action.wanted]
-    for action in left:
+        remaining = [action for action in stack.look_once() if action.wanted]
+    for action in remaining:
         logger.warning(f'{action}: {action.plan}')
-    return 1 if left or watch.failures else 0
+    return 1 if remaining or watch.failures else 0
 
 
 def _status(stack: _Stack, as_json: bool) -> int:
