@@ -563,7 +563,7 @@ class _Process:
                 selector.register(end, selectors.EVENT_READ, ends[end])
             for step in _count_down(limit):
                 # Once it has ended, all is there; something that it left behind may hold its pipes.
-                ended = self.lifeline not in selector.get_map()
+                ended = self.lifeline not in selector.get_map() or self.popen.poll() is not None
                 ready = selector.select(0 if ended else step)
                 if ended and not ready:
                     break
@@ -1051,10 +1051,11 @@ def decide(
 def _judge(container: Container, own: Containers, services: Services) -> Action:
     """Return what would mend a container, by the table of the contract."""
     well = Action(Verb.LEAVE, container.service, container, container.condition, wanted=False)
-    if not services.get(container.service, Service(scale=0)).scale:
+    scale = services.get(container.service, Service(scale=0)).scale
+    if not scale or _is_done(container, services):
         return well
     verb, cause, why = Verb.START, container.condition, ''
-    name, state = container.service, container.state
+    name, state, ill = container.service, container.state, container.health == 'unhealthy'
     obstacle, renewal = _judge_owners(container, own, services)
     if state is State.PAUSED:
         verb = Verb.UNPAUSE
@@ -1062,20 +1063,17 @@ def _judge(container: Container, own: Containers, services: Services) -> Action:
         verb = Verb.REMOVE
     elif state in (State.RESTARTING, State.REMOVING):
         why = 'Docker is at it'
-    elif _is_done(container, services):
-        return well
-    elif state is not State.RUNNING and _is_being_replaced(container, own):
+    elif (ill or state is not State.RUNNING) and _is_being_replaced(container, own):
         why = 'left over from an interrupted recreate: it will not be touched'
     elif container.lost:
         alone = [c.service for c in own].count(name) == 1
         verb = Verb.RECREATE if alone else Verb.REMOVE  # siblings would be created anew, too
         cause, why = f'{container.lost} is gone', _find_obstacle(name, own, services)
     elif obstacle or state is not State.RUNNING:
-        first = state is State.CREATED
-        why = obstacle or (_find_obstacle(name, own, services) if first else '')
+        why = obstacle or (_find_obstacle(name, own, services) if state is State.CREATED else '')
     elif renewal:
         verb, cause = Verb.RESTART, renewal
-    elif container.health == 'unhealthy' and not _is_being_replaced(container, own):
+    elif ill:
         verb = Verb.RESTART
     else:
         return well
@@ -1109,8 +1107,10 @@ def _judge_owners(container: Container, own: Containers, services: Services) -> 
 
 
 def _is_done(container: Container, services: Services) -> bool:
+    if container.exit_code != 0:
+        return False
     wanted = [service.depends_on.get(container.service) for service in services.values()]
-    return container.exit_code == 0 and 'service_completed_successfully' in wanted
+    return 'service_completed_successfully' in wanted
 
 
 def _count(name: str, own: Containers, services: Services) -> Optional[Action]:
@@ -1395,6 +1395,8 @@ class _Project(_Docker):
                 profiles = set(os.environ.get('COMPOSE_PROFILES', '').split(','))
                 profiles.update(re.findall('--profile[ =]([^ ]+)', ' '.join(self.command)))
             services = _read_services(config, project, profiles)
+            if project:  # whatever becomes of it in the files
+                self.place.environment['COMPOSE_PROJECT_NAME'] = project
             if services:
                 return project, services
         except _MISREAD as error:
@@ -1576,6 +1578,10 @@ class _Stack(_Project):
         actions = decide(self.observe(), services, 0.0, History(), self.settings)
         return sorted(actions, key=lambda action: action.label)
 
+    def find_faults(self) -> List[Action]:
+        """Return what a look shows to be otherwise than wanted."""
+        return [action for action in self.look_once() if action.wanted]
+
     # -- repairs
 
     def act(self, verb: Verb, actions: Sequence[Action]) -> None:
@@ -1631,10 +1637,12 @@ class _Stack(_Project):
         """Bring the stack up, without a deadline; what a failed start has created is undone."""
         there = self._list_all()
         before: Containers = []
-        # Where Compose has made nothing yet, and nothing is on hold, `up` needs no care: not to
-        # read the files saves time. 1.x has to be told from what they say.
-        careful = self._list('/containers/json', _PROJECT) or self.read_holds()
-        if careful or 'compose' not in self.command[1:]:
+        # Where Compose has made nothing yet, and nothing is on hold, `up` needs no care, and a
+        # watcher in this process can read the files later: that saves time. Not 1.x, which has to
+        # be told from what they say.
+        made = self._list('/containers/json', _PROJECT)
+        apart = self.settings.watcher is Watcher.PROCESS or 'compose' not in self.command[1:]
+        if made or apart or self.read_holds():
             self.read_services()
             before = self.observe()
         try:
@@ -1753,9 +1761,13 @@ class _Stack(_Project):
         grace = max([c.grace for c in own], default=_DEFAULT_GRACE)
         logger.info(f'stopping the stack (up to {grace:g} s)')
         names = [name for name in self.services if name not in self.copies] if self.copies else []
-        with _going_on('stopping the containers one by one'):
+        try:
             if names or not self.copies:
                 self.compose('stop', *names, limit=self.settings.timeout + grace)
+        except ComposeError as error:
+            if not self.project:
+                raise  # nor is it known what else could be stopped
+            logger.error(f'{error}; stopping the containers one by one')
         removed = ''
         try:
             own = self._halt()
@@ -1813,9 +1825,6 @@ class _Stack(_Project):
 
 
 # -- the stack on a swarm --------------------------------------------------------------------------
-_NAMESPACE = 'com.docker.stack.namespace'
-
-
 class _Swarm(_Stack):
     """A stack on a swarm, which places, restarts and moves the containers itself.
 
@@ -1840,7 +1849,7 @@ class _Swarm(_Stack):
 
         Tasks are counted here: the swarm's own count keeps those of a node that is down.
         """
-        own = f'{_NAMESPACE}={self.project}'
+        own = f'com.docker.stack.namespace={self.project}'
         tasks = sorted(self._list('/tasks', own), key=lambda task: task['CreatedAt'])
         for entry in self._list('/services', own):
             running = 0
@@ -1863,25 +1872,32 @@ class _Swarm(_Stack):
         if verb is Verb.CREATE:
             self._deploy(_STEADY)
             return
-        fault, looks = actions[0], 0
-        _warn(f'{fault}')
-        while looks < 20:  # ten seconds: in a crash loop it runs now and then
-            threading.Event().wait(0.5)
-            looks += 1
-            if fault.key in [action.key for action in self.look_once() if action.wanted]:
-                looks = 0
+        for fault in actions:
+            _warn(f'{fault}')
+            looks = 0
+            while looks < 20:  # ten seconds: in a crash loop it runs now and then
+                threading.Event().wait(0.5)
+                with contextlib.suppress(ComposeError):  # an outage tells nothing
+                    if fault.key in [action.key for action in self.find_faults()]:
+                        looks = 0
+                    looks += 1
 
     def _deploy(self, limit: float) -> None:
         """Deploy the stack, and wait until nothing is wanting, or *limit* seconds are over."""
-        files = [f'--compose-file={file}' for file in self.settings.docker_compose]
-        # Else services that are there would get newer images.
-        self._call(*self.docker, 'stack', 'deploy', '--resolve-image=changed', *files, self.project)
-        tell = functools.lru_cache(None)(logger.info)  # each line once
+        self._call(
+            *self.docker,
+            'stack',
+            'deploy',
+            '--resolve-image=changed',  # else services that are there would get newer images
+            *[f'--compose-file={file}' for file in self.settings.docker_compose],
+            self.project,
+        )
+        tell = functools.lru_cache()(logger.info)  # each line once
         for step in _count_down(limit):
-            actions = self.look_once()
-            for action in actions:
-                tell(f'{action}')
-            if not any(action.wanted for action in actions):
+            faults = self.find_faults()
+            for fault in faults:
+                tell(f'{fault}')
+            if not faults:
                 break
             threading.Event().wait(step)
 
@@ -1893,16 +1909,18 @@ class _Swarm(_Stack):
             self._deploy(math.inf)
         except BaseException:
             if not before and self.settings.on_exit is OnExit.STOP:
-                self.stop()
+                with _going_on('what the start has deployed may be left'):
+                    self.stop()
             raise
 
     def stop(self) -> None:
         """Remove the stack, and wait until its containers have ended."""
         self.flag = UpFlag()  # nothing cancels the end
-        self.read_services()
+        if not self.project:
+            self.read_services()
         logger.info('stopping the stack')
         self._call(*self.docker, 'stack', 'rm', self.project)
-        own = f'{_NAMESPACE}={self.project}'
+        own = f'com.docker.stack.namespace={self.project}'
         for step in _count_down(self.settings.timeout):
             # Those of finished jobs stay.
             if 'remove' not in [task['DesiredState'] for task in self._list('/tasks', own)]:
@@ -2012,7 +2030,7 @@ class _Watch:
         except ComposeError as error:
             return self._suffer(error, now)
         if self.outage is not None:
-            logger.info(f'Docker answers again, after {now - self.outage:.0f} s')
+            logger.info(f'Docker answers again, after {self.clock() - self.outage:.0f} s')
             self.outage = None
         services = self.stack.get_services(self._note_holds())
         history = History(self.seen, self.streaks, frozenset(self.crashed))
@@ -2074,9 +2092,10 @@ class _Watch:
         for key in keys:
             recent = self.clock() - self.streaks.get(key, Streak()).ended < 1.0
             if key in self.busy or recent:
-                return  # it was us
-        for key in keys:
-            self.streaks.pop(key, None)
+                break  # it may have been us
+        else:
+            for key in keys:
+                self.streaks.pop(key, None)
         self.killed[keys[0]] = event['time'] + _LONGEST_END
 
     def _look(self) -> List[Container]:
@@ -2607,7 +2626,7 @@ def _check(stack: _Stack, dry_run: bool) -> int:
             watch.take_results()  # that may begin something else
         if watch.outage is not None:
             return 1
-        remaining = [action for action in stack.look_once() if action.wanted]
+        remaining = stack.find_faults()
     for action in remaining:
         logger.warning(f'{action}: {action.plan}')
     return 1 if remaining or watch.failures else 0
