@@ -1703,6 +1703,12 @@ def test_command_that_somebody_kills_with_its_whole_group_has_not_run_out_of_tim
     assert caught.value.returncode == 137
 
 
+def test_command_whose_shell_alone_is_killed_is_ended_and_not_waited_for(place):
+    with pytest.raises(ComposeError, match='exit code 137: '):
+        run(place, 'echo $$ >child; kill -9 $PPID; exec sleep 600')
+    assert eventually(lambda: gone(child_of(place)))
+
+
 def test_flood_is_read_but_only_its_end_is_kept(place):
     flood = 'yes xxxxxxxxx | head -c 100000000 >&2; echo the end >&2; exit 3'
     with pytest.raises(ComposeError, match='exit code 3: the end') as caught:
@@ -2686,6 +2692,11 @@ ROWS = [
         ['leave db: removing: Docker is at it'],
     ),
     (
+        'unhealthy db beside the one that replaces it is left alone, as is that one',
+        {'db': [make('db', 'created', id='new'), make('db', health='unhealthy')]},
+        ['leave db: created: ' + LEFT_OVER, 'leave db: unhealthy: ' + LEFT_OVER],
+    ),
+    (
         'unhealthy db is restarted',
         {'db': make('db', health='unhealthy')},
         ['restart db: unhealthy'],
@@ -3366,6 +3377,38 @@ def test_stack_that_a_swarm_does_not_remove_is_an_error(world):
         bc.stop_container(SWARM)
 
 
+def test_stack_on_a_swarm_that_is_removed_is_the_one_that_was_started(world):
+    world.declare('core')
+    world.command('stack rm', out='')
+    with contextlib.closing(bc._make_stack(SWARM)) as stack:
+        stack.read_services()
+        world.command('compose config', out='{"name": "other", "services": {"core": {}}}')
+        stack.stop()
+    assert world.changes() == ['stack rm shop']
+
+
+def test_shortage_on_a_swarm_lasts_through_an_outage_and_is_told_once(world):
+    world.declare('core')
+    counts = {'RunningTasks': 1, 'DesiredTasks': 1}
+    world.swarm['services'].append(
+        {'ID': '1', 'Spec': {'Name': 'shop_core'}, 'ServiceStatus': counts}
+    )
+    with contextlib.closing(bc._make_stack(SWARM)) as stack:
+        stack.open()
+        (fault,) = stack.find_faults()
+        repair = bc._Task(stack.act, Verb.START, [fault])
+        with warned() as texts:
+            repair.begin()
+            world.fault('GET /tasks', status=500, message='no leader')
+            before = len(world.log)
+            assert eventually(lambda: str(world.log[before:]).count('GET /tasks') > 2)
+            assert not repair.ended.is_set()
+            stack.flag.value = False
+            repair.wait(20)
+    assert isinstance(repair.error, bc._Cancelled)
+    assert texts == ['core: left to Swarm (0/1, starting)']
+
+
 def test_containers_that_a_swarm_is_still_ending_after_the_time_are_told(world, caplog):
     world.declare('core')
     world.swarm['tasks'] = [task('remove', 'running')]
@@ -3622,6 +3665,19 @@ def test_crash_does_not_hurry_what_is_done_by_hand_later(world):
         hear(w, world)
         assert run_cycle(w) == 5
     assert summary(world) == ['start core1']
+
+
+def test_deed_right_after_a_repair_waits_for_settle_too(world):
+    world.run('core', 'side')
+    with watch(FAST._replace(settle=5), Clock()) as w:
+        run_cycle(w)
+        world.crash('core1')
+        hear(w, world)
+        run_cycle(w)
+        world.act('kill', 'core1')
+        hear(w, world)
+        assert run_cycle(w) == 5
+    assert summary(world)[0] == 'start core1' and summary(world)[1:] == []
 
 
 def loop(w, world, clock, rounds, id='core1'):
@@ -4767,6 +4823,13 @@ def test_container_of_a_committed_image_outlives_the_stack(world):
         world.act('remove', 'core1', force='1')
         assert eventually(lambda: 'core2' in world.containers)
     assert list(world.containers) == ['copy'] and world.state('copy') == 'exited'
+
+
+def test_stop_that_does_not_know_what_to_stop_is_an_error(world):
+    world.command('compose config', code=15, err='yaml: no')
+    world.command('compose stop', code=15, err='yaml: no')
+    with pytest.raises(ComposeError, match='compose stop: exit code 15: yaml: no'):
+        bc.stop_container(FAST)
 
 
 def test_copy_that_runs_is_not_stopped_by_compose_either(world):
@@ -9297,6 +9360,25 @@ def test_colours_and_progress_that_the_environment_asks_of_compose_never_reach_a
     assert (
         code == 1 and '\x1b' not in output.splitlines()[-1] and '[0m' not in output.splitlines()[-1]
     ), output
+
+
+@needs_docker
+@pytest.mark.parametrize('watcher', ['thread', 'process'])
+def test_stack_whose_name_changes_in_its_file_stays_the_same_stack(project_2, watcher):
+    project_2.write('name: {}\n{}'.format(project_2.name, PAIR))
+    command = [sys.executable, str(MODULE), 'run', '--file', str(project_2.file)]
+    command += ['--settle', '0', '--interval', '5', '--watcher', watcher]
+    with Host(command, project_2.folder / 'log') as host:
+        assert host.says('the stack is up'), host.log()
+        project_2.docker('kill', *project_2.ids('core'))
+        assert host.says('core: exited (137) -> started'), host.log()
+        project_2.write('name: {}-new\n{}'.format(project_2.name, PAIR))
+        project_2.docker('rm', '--force', *project_2.ids('core'))
+        assert host.says('core: missing -> created'), host.log()
+        host.process.terminate()
+        assert host.process.wait(60) == 0, host.log()
+    assert project_2.ids() == [] and project_2.name not in project_2.docker('ps', '--all')
+    assert project_2.name not in project_2.docker('network', 'ls')
 
 
 @needs_docker
