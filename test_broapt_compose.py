@@ -9955,14 +9955,16 @@ def test_shortage_on_a_swarm_is_one_warning_with_its_cause_and_one_line_at_its_e
 
 @needs_docker
 def test_replicas_of_a_machine_that_dies_run_elsewhere_and_the_watchdog_goes_on(deployed):
-    at_once = '{replicas: 3, restart_policy: {delay: 0s}}'
-    deployed.write(ON_SWARM.replace('{replicas: 3}', at_once))
-    with deployed.watchdog('--interval', '3600') as watchdog:
+    # They begin there so much later that a look has to see that they lack.
+    later = '{replicas: 3, restart_policy: {delay: 3s}}'
+    deployed.write(ON_SWARM.replace('{replicas: 3}', later))
+    with deployed.watchdog() as watchdog:
         deployed.swarm.machines[2].end(signal.SIGKILL)
         assert finds(watchdog, r'WARNING \w+: left to Swarm \(\d/\d, starting\)'), watchdog.log()
         assert finds(watchdog, r'INFO \w+: left to Swarm .* -> started'), watchdog.log()
-        alive = [node for _, node in deployed.ids() if node != 'node3']
-        assert len(alive) == 4, deployed.ids()
+        assert eventually(
+            lambda: [node != 'node3' for _, node in deployed.ids()].count(True) == 4
+        ), deployed.ids()
         deployed.act('rm', 'side')
         assert watchdog.says('INFO side: missing -> created'), watchdog.log()
         deployed.swarm.machines[2].start()
