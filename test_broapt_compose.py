@@ -3962,6 +3962,23 @@ def test_outage_is_one_warning_and_one_line_at_its_end_and_no_repair(world, capl
     assert caplog.messages[1:] == ['Docker answers again, after 40 s']
 
 
+def test_outage_lasts_until_the_answer_and_not_until_it_was_asked_for(world, caplog):
+    world.run('core')
+    clock = Clock()
+    caplog.set_level('INFO', 'broapt_compose')
+    with watch(clock=clock) as w, warned():
+        run_cycle(w)
+        world.fault('GET /containers/json', status=500, message='away', once=True)
+        w.cycle()
+
+        def hang():
+            clock.now += 9
+
+        world.fault('GET /containers/json', call=hang, once=True)
+        w.cycle()
+    assert caplog.messages[-1] == 'Docker answers again, after 9 s'
+
+
 def test_config_that_hangs_is_killed_and_what_it_said_before_goes_on_counting(world):
     world.run('core', 'side')
     with watch(FAST._replace(timeout=0.5)) as w, warned() as texts:
