@@ -1222,7 +1222,7 @@ class _Task(threading.Thread):
 
 
 def _wait(event: threading.Event) -> None:
-    while not event.wait(1.0):  # no endless wait: the kernel may give a signal to another thread
+    while not event.wait(5.0):  # no endless wait: the kernel may give a signal to another thread
         pass
 
 
@@ -1635,12 +1635,13 @@ class _Stack(_Project):
 
     def start(self) -> None:
         """Bring the stack up, without a deadline; what a failed start has created is undone."""
-        there = self._list_all()
+        containers, networks = self._list('/containers/json'), self._list('/networks')
+        there = {entry['Id'] for entry in containers + networks}
         before: Containers = []
         # Where Compose has made nothing yet, and nothing is on hold, `up` needs no care, and a
         # watcher in this process can read the files later: that saves time. Not 1.x, which has to
         # be told from what they say.
-        made = self._list('/containers/json', _PROJECT)
+        made = any(_PROJECT in (entry['Labels'] or ()) for entry in containers)
         apart = self.settings.watcher is Watcher.PROCESS or 'compose' not in self.command[1:]
         if made or apart or self.read_holds():
             self.read_services()
@@ -1680,11 +1681,6 @@ class _Stack(_Project):
             logger.info(f'left as it is: {", ".join(sorted(spared))}')
             options += ['--no-deps', *names]
         return options if names or not spared else None
-
-    def _list_all(self) -> Set[str]:
-        """Return the ids of all containers and networks of the engine."""
-        paths = ('/containers/json', '/networks')
-        return {entry['Id'] for path in paths for entry in self._list(path)}
 
     def _find_spared(self, before: Containers, holds: Mapping[str, float]) -> Set[str]:
         """Return the services that `up` must not touch: it starts what was stopped on purpose."""
@@ -2525,7 +2521,10 @@ def _parse_arguments(argv: Optional[Sequence[str]]) -> Dict[str, Any]:
     given, rest = settings.parse_known_args(argv)
     parser = Parser('broapt_compose', description=(__doc__ or '').split('\n')[0], epilog=epilog)
     parser.add_argument('-V', '--version', action='version', version='%(prog)s ' + __version__)
-    commands = parser.add_subparsers(dest='command', metavar='COMMAND', title='commands')
+    # With its name given, argparse loads no formatter: that saves time.
+    commands = parser.add_subparsers(
+        prog=parser.prog, dest='command', metavar='COMMAND', title='commands'
+    )
     for name, command in _COMMANDS.items():
         own = commands.add_parser(name, help=command.text, description=command.text)
         if name in rest:  # else nobody can ask for its help: that saves time

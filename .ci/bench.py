@@ -357,7 +357,7 @@ class Module:
                 start_new_session=True,
                 **streams,
             )
-        lab.until(self.is_ready, 600, 'the stack is up and watched')
+        lab.until(self.is_ready, 600, 'the stack is up and watched', pause=0.002)
         self.start_seconds = time.monotonic() - began
 
     def is_ready(self) -> bool:

@@ -43,13 +43,19 @@ def call(*command: str, check: bool = True, **options: Any) -> str:
     return str(done.stdout).strip()
 
 
-def until(done: Callable[[], Any], seconds: float, expected: str, seen: object = 'not so') -> None:
-    """Look every 20 ms until it is done; if that takes too long, it is a Failure."""
+def until(
+    done: Callable[[], Any],
+    seconds: float,
+    expected: str,
+    seen: object = 'not so',
+    pause: float = 0.02,
+) -> None:
+    """Look every *pause* seconds until it is done; if that takes too long, it is a Failure."""
     began = time.monotonic()
     while not done():
         if time.monotonic() - began > seconds:
             raise Failure(f'{expected} within {seconds:.1f} s', seen)
-        time.sleep(0.02)
+        time.sleep(pause)
 
 
 # Namespaces
