@@ -22,14 +22,11 @@ The containers are handled over the engine's HTTP API; Compose is run for what o
 All settings stand in one table, `_OPTIONS`; ``python -m broapt_compose run --help`` prints it.
 """
 
-import collections
 import contextlib
 import datetime
 import enum
 import functools
 import importlib
-import io
-import itertools
 import json
 import logging
 import math
@@ -50,9 +47,7 @@ from typing import (
     Any,
     Callable,
     ContextManager,
-    Deque,
     Dict,
-    FrozenSet,
     Iterable,
     Iterator,
     List,
@@ -90,6 +85,8 @@ _LONGEST_HOLD = 86400.0  # seconds
 _QUIET = 0.02  # seconds without an event that Compose waits for
 _RESPAWN = 0.5  # seconds before a watcher process that died is started again
 _INSPECT_LIMIT = 1.0  # seconds: the engine answers late for a container that it is busy with
+# What comes of reading an answer, a file, or a value, of another form than expected.
+_MISREAD = (LookupError, TypeError, ValueError, AttributeError)
 
 
 # -- exceptions ------------------------------------------------------------------------------------
@@ -107,7 +104,6 @@ class ComposeError(Exception):
     def __init__(
         self, command: Sequence[str], returncode: Optional[int], stderr: str, reason: str = ''
     ) -> None:
-        super().__init__(command, returncode, stderr, reason)
         self.command, self.returncode, self.stderr = list(command), returncode, stderr
         self.reason = reason or _find_reason(stderr)
 
@@ -189,7 +185,7 @@ class _Outlet:
                 while chunk:
                     poll.poll()  # it may be one that does not block
                     chunk = chunk[os.write(number, chunk) :]
-            except io.UnsupportedOperation:
+            except ValueError:  # it has no descriptor
                 self.stream.write(chunk.decode('utf-8', 'replace'))
 
 
@@ -274,7 +270,7 @@ class _Option(NamedTuple):
     help: str
 
 
-_OPTIONS: Mapping[str, _Option] = {  # by field; the variable is BROAPT_ and the field's name
+_OPTIONS = {  # by field; the variable is BROAPT_ and the field's name
     'docker_compose': _Option(
         '--file -f --docker-compose FILE',
         _parse_files,
@@ -384,7 +380,7 @@ class Settings(NamedTuple):
 def _parse_value(source: str, value: Any, option: _Option) -> Any:
     try:
         return option.parse(value)
-    except (OSError, ValueError, TypeError, KeyError, OverflowError) as error:
+    except (OSError, OverflowError, *_MISREAD) as error:
         why = f' ({error.filename}: {error.strerror})' if isinstance(error, OSError) else ''
         raise ValueError(_one_line(f'{source}: {value!r} is not {option.accepted}{why}')) from None
 
@@ -400,6 +396,9 @@ def _find_const() -> Any:
 
 
 # -- the flag --------------------------------------------------------------------------------------
+_Waiting = Tuple[Any, List[Callable[[], Any]]]  # a lock, and what is called at the lowering
+
+
 class UpFlag(threading.Event):
     """A flag that is up while the stack shall run; lowering it ends at once all that waits for it.
 
@@ -408,10 +407,10 @@ class UpFlag(threading.Event):
 
     def __init__(self) -> None:
         super().__init__()
-        self._waiting: Dict[int, Tuple[Any, List[Callable[[], Any]]]] = {}  # by process id
+        self._waiting: Dict[int, _Waiting] = {}  # by process id
         self.set()
 
-    def _get_own(self) -> Tuple[Any, List[Callable[[], Any]]]:
+    def _get_own(self) -> _Waiting:
         """Return this process's lock and callbacks; a fork has none of its parent's."""
         return self._waiting.setdefault(os.getpid(), (threading.RLock(), []))
 
@@ -460,6 +459,7 @@ UP_FLAG = UpFlag()
 
 
 # -- processes -------------------------------------------------------------------------------------
+_Show = Optional[Callable[[bytes], Any]]  # gets what a command writes, as it comes
 # Bytes that a command writes; of more, the end is kept.
 _OUTPUT_LIMIT, _ERROR_LIMIT = 1 << 22, 1 << 16
 # The shell kills the command's process group once our end of the socket is closed, by us or by our
@@ -514,13 +514,10 @@ class _Process:
     def __init__(
         self, command: Sequence[str], place: _Place, peer: Optional[socket.socket] = None
     ) -> None:
-        """Start it; *peer* becomes its standard input and output."""
+        """Start it; *peer* becomes its standard input and output. Raises OSError, ValueError."""
         logger.debug(f'running {_quote(command)}')
         guard = _GUARD.format('&1' if peer else '/dev/null')
-        try:
-            self.lifeline, theirs = socket.socketpair()
-        except OSError as error:
-            raise ComposeError(command, None, '', _explain(error)) from None
+        self.lifeline, theirs = socket.socketpair()
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # till it has its session
         try:
             with theirs:
@@ -533,9 +530,9 @@ class _Process:
                     stdout=peer.fileno() if peer else subprocess.PIPE,
                     stderr=subprocess.PIPE,
                 )
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError):
             self.lifeline.close()
-            raise ComposeError(command, None, '', _explain(error)) from None
+            raise
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
@@ -552,9 +549,7 @@ class _Process:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.popen.wait(1)
 
-    def read(
-        self, limit: float, show: Optional[Callable[[bytes], Any]] = None
-    ) -> Tuple[Optional[int], str, str]:
+    def read(self, limit: float, show: _Show = None) -> Tuple[Optional[int], str, str]:
         """Return exit code (None: none in *limit* seconds), output, errors; *show* gets these."""
         code, output, errors = bytearray(), bytearray(), bytearray()
         ends: Any = {self.lifeline: code, self.popen.stdout: output, self.popen.stderr: errors}
@@ -587,7 +582,7 @@ def _run(
     limit: float,
     place: _Place,
     flag: UpFlag,
-    show: Optional[Callable[[bytes], Any]] = None,
+    show: _Show = None,
 ) -> str:
     """Return what *command* wrote to standard output.
 
@@ -595,8 +590,12 @@ def _run(
     _Cancelled if *flag* is lowered.
     """
     flag.check()
-    with contextlib.closing(_Process(command, place)) as process, flag.when_lowered(process.kill):
-        code, output, errors = process.read(limit, show)
+    try:
+        with contextlib.closing(_Process(command, place)) as process:
+            with flag.when_lowered(process.kill):
+                code, output, errors = process.read(limit, show)
+    except (OSError, ValueError) as error:
+        raise ComposeError(command, None, '', _explain(error)) from None
     flag.check()
     if code != 0:
         raise ComposeError(command, code, errors, '' if code else f'no answer within {limit:g} s')
@@ -607,7 +606,7 @@ def _run(
 class _Socket(socket.socket):
     """A socket with one deadline for all that it receives."""
 
-    steps: Iterator[Optional[float]]  # how long to wait next
+    steps: Iterable[Optional[float]]  # how long to wait next
     dialer: Optional[_Process] = None  # what connects it with the engine
 
     def recv_into(self, *arguments: Any) -> int:
@@ -656,7 +655,7 @@ class _Engine:
         *absent*: None is returned for them. _Cancelled if the flag is lowered.
         """
         turn = self.turns[method == 'GET']
-        with turn, self.ask(method, path, limit or self.limit, query) as (_, answer):
+        with turn, self.ask(method, path, query, limit) as (_, answer):
             body = answer.read().decode('utf-8', 'replace')
             self.date = answer.getheader('Date', self.date)
             content = json.loads(body) if body.strip() and answer.status < 400 else None
@@ -666,8 +665,8 @@ class _Engine:
 
     def follow(self, **query: Any) -> Iterator[Any]:
         """Give None once the stream is open, then each event until the end, or that of the flag."""
-        with self.ask('GET', '/events', self.limit, query) as (sock, answer):
-            sock.steps, self.stream = itertools.repeat(None), sock
+        with self.ask('GET', '/events', query) as (sock, answer):
+            sock.steps, self.stream = [None], sock
             yield None
             for line in answer:
                 yield json.loads(line)
@@ -691,12 +690,15 @@ class _Engine:
             _cut(self.stream)
 
     @contextlib.contextmanager
-    def ask(self, method: str, path: str, limit: float, query: Mapping[str, Any]) -> Iterator[Any]:
+    def ask(
+        self, method: str, path: str, query: Mapping[str, Any], limit: float = 0.0
+    ) -> Iterator[Any]:
         """Give the connection and the answer. Whatever goes wrong with them is a ComposeError."""
         import http.client
         import urllib.parse
 
         self.flag.check()
+        limit = limit or self.limit
         connection = http.client.HTTPConnection('localhost')
         sock: Optional[_Socket] = None  # as long as it is for us to release
         try:
@@ -745,7 +747,7 @@ def _read_message(body: str) -> str:
     """Return what the engine says in an answer that is an error."""
     try:
         return str(json.loads(body)['message'])
-    except (ValueError, TypeError, KeyError):
+    except _MISREAD:
         return body
 
 
@@ -763,6 +765,9 @@ def _find_trouble(error: Exception, sock: Optional[_Socket], limit: float) -> st
 
 
 # -- records ---------------------------------------------------------------------------------------
+Facts = Mapping[str, Any]  # what Docker or Compose tells of one thing
+
+
 class State(enum.Enum):
     """Of a container, in Docker's words; or of a service on a swarm."""
 
@@ -779,11 +784,6 @@ class State(enum.Enum):
     def alive(self) -> bool:
         """Whether it has processes, or will soon have some again."""
         return self in (State.RUNNING, State.PAUSED, State.RESTARTING)
-
-    @property
-    def ended(self) -> bool:
-        """Whether its process has ended, so that there is an exit code."""
-        return self not in (State.CREATED, State.RUNNING, State.PAUSED)
 
 
 _PODMAN_STATES = {'stopped': 'exited', 'stopping': 'removing', 'initialized': 'created'}
@@ -832,23 +832,23 @@ class Service(NamedTuple):
     provided: bool = False  # by something else than containers
 
 
-_NAMESPACES = {'network': 'NetworkMode', 'pid': 'PidMode', 'ipc': 'IpcMode'}
+_MODES = {'network': 'NetworkMode', 'pid': 'PidMode', 'ipc': 'IpcMode'}
 Containers = Sequence[Container]
 Services = Mapping[str, Service]
+Holds = Dict[str, float]  # service -> when its hold ends, in seconds since 1970
 
 
-def _read_container(entry: Mapping[str, Any], details: Mapping[str, Any]) -> Container:
+def _read_container(entry: Facts, details: Facts) -> Container:
     """Return a container as the engine's list and its answer to inspect (may be empty) show it."""
     labels, names = entry['Labels'], entry['Names'] or [entry['Id']]
-    found: Mapping[str, Any] = details.get('State', {})
+    found = details.get('State', {})
     word = found.get('Status', entry['State'])
     state = State(_PODMAN_STATES.get(word, word))
+    ended = state not in (State.CREATED, State.RUNNING, State.PAUSED)
     # The list of podman lacks this, and its time to stop is always 0.
     config = details.get('Config', {}) if 'HostConfig' in entry else {}
     host = details.get('HostConfig', entry.get('HostConfig', {}))
-    owners = {
-        host.get(key, '').partition('container:')[2]: kind for kind, key in _NAMESPACES.items()
-    }
+    owners = {host.get(key, '').partition('container:')[2]: kind for kind, key in _MODES.items()}
     owners.pop('', None)
     networks = entry['NetworkSettings']['Networks'] or {}
     return Container(
@@ -857,7 +857,7 @@ def _read_container(entry: Mapping[str, Any], details: Mapping[str, Any]) -> Con
         service=labels['com.docker.compose.service'],
         number=labels.get('com.docker.compose.container-number', ''),
         state=state,
-        exit_code=found.get('ExitCode') if state.ended else None,
+        exit_code=found.get('ExitCode') if ended else None,
         note='out of memory' if found.get('OOMKilled') else found.get('Error', ''),
         health=_read_health(found.get('Health') or {}) if state.alive else '',
         since=_read_time(found.get('StartedAt' if state.alive else 'FinishedAt', '')),
@@ -869,13 +869,13 @@ def _read_container(entry: Mapping[str, Any], details: Mapping[str, Any]) -> Con
     )
 
 
-def _read_left(labels: Mapping[str, Any]) -> str:
+def _read_left(labels: Facts) -> str:
     """Return why a container, or a service, with these labels is left alone; '': it is not."""
     watched = str(labels.get('broapt.watch')).lower() != 'false'
     return '' if watched else 'labelled broapt.watch=false'
 
 
-def _read_health(health: Mapping[str, Any]) -> str:
+def _read_health(health: Facts) -> str:
     status = str(health.get('Status', ''))
     if status == 'unhealthy' and not health.get('FailingStreak'):
         return 'starting'  # what Docker calls unhealthy from a pause until the next probe
@@ -893,9 +893,7 @@ def _read_time(text: str) -> float:
     return max(0.0, moment.timestamp()) + float(fraction)
 
 
-def _read_services(
-    config: Mapping[str, Any], project: str, profiles: Optional[Set[str]]
-) -> Dict[str, Service]:
+def _read_services(config: Facts, project: str, profiles: Optional[Set[str]]) -> Dict[str, Service]:
     """Return the services that `compose config` printed.
 
     *profiles*: those of 1.x that are on, since it prints what is off, too.
@@ -903,19 +901,17 @@ def _read_services(
     declared = config['services'].items()
     names = {}
     for name, own in declared:
+        names[f'service:{name}'] = name
         names['container:' + own.get('container_name', f'{project}-{name}-1')] = name
     return {name: _read_service(own, names, profiles) for name, own in declared}
 
 
-def _read_service(
-    own: Mapping[str, Any], names: Mapping[str, str], profiles: Optional[Set[str]]
-) -> Service:
-    """Return a service; *names*: 'container:' and the name of one -> its service."""
+def _read_service(own: Facts, names: Mapping[str, str], profiles: Optional[Set[str]]) -> Service:
+    """Return a service; *names*: what a mode may say, such as service:x -> that service."""
     provided = 'provider' in own
     off = profiles is not None and 'profiles' in own and profiles.isdisjoint(own['profiles'])
     scale = own.get('scale', own.get('deploy', {}).get('replicas', 1))
     modes = [own.get(key, '') for key in ('network_mode', 'pid', 'ipc')]
-    owners = [names.get(mode) or mode.partition('service:')[2] for mode in modes]
     depends_on = {}
     for other, needed in own.get('depends_on', {}).items():
         if needed.get('required', True):
@@ -923,7 +919,7 @@ def _read_service(
     return Service(
         scale=0 if off or provided else int(scale),
         left=_read_left(own.get('labels', {})),
-        owners=tuple(filter(None, owners)),
+        owners=tuple(names[mode] for mode in modes if mode in names),
         depends_on=depends_on,
         provided=provided,
     )
@@ -932,7 +928,7 @@ def _read_service(
 _YAML_LINE = re.compile(r'( *)(?:- (.+)|(\'.*?\'|".*?"|[^\s\'"-].*?):(?: (.*))?)')
 
 
-def _parse_yaml(text: str) -> Dict[str, Any]:
+def _parse_yaml(text: str) -> Facts:
     """Return the mappings that `docker-compose config` of 1.x printed, its lists as keys of one.
 
     The YAML is in canonical form, two spaces a level. What is indented below a scalar is its text.
@@ -1026,17 +1022,20 @@ class Action(NamedTuple):
         return f'{self.label}: {self.cause}'
 
 
+Actions = Sequence[Action]
+
+
 class History(NamedTuple):
     """What decide() needs to know of the past."""
 
     seen: Mapping[Tuple[Verb, str], float] = {}  # when a fault that waits was first seen
     streaks: Mapping[str, Streak] = {}  # by Action.key
-    crashed: FrozenSet[str] = frozenset()  # ids of containers whose process ended by itself
+    crashed: Iterable[str] = ()  # ids of containers whose process ended by itself
 
 
 def decide(
     containers: Containers, services: Services, now: float, history: History, settings: Settings
-) -> List[Action]:
+) -> Actions:
     """Return what is done about each container, and about each service that lacks some. Pure.
 
     *containers*: newest first; *now*: seconds of a monotonic clock.
@@ -1045,17 +1044,18 @@ def decide(
     judged = [_judge(container, own, services) for container in containers]
     counted = [_count(name, own, services) for name in services]
     actions = filter(None, (*judged, *counted))
-    return [_schedule(action, services, now, history, settings) for action in actions]
+    return [_schedule(action, now, history, settings) for action in actions]
 
 
 def _judge(container: Container, own: Containers, services: Services) -> Action:
     """Return what would mend a container, by the table of the contract."""
-    well = Action(Verb.LEAVE, container.service, container, container.condition, wanted=False)
-    scale = services.get(container.service, Service(scale=0)).scale
-    if not scale or _is_done(container, services):
+    name, state, cause = container.service, container.state, container.condition
+    service = services.get(name, Service(scale=0))
+    left = container.left or service.left
+    well = Action(Verb.LEAVE, name, container, cause, left, wanted=False)
+    if left or not service.scale or _is_done(container, services):
         return well
-    verb, cause, why = Verb.START, container.condition, ''
-    name, state, ill = container.service, container.state, container.health == 'unhealthy'
+    verb, why, ill = Verb.START, '', cause == 'unhealthy'
     obstacle, renewal = _judge_owners(container, own, services)
     if state is State.PAUSED:
         verb = Verb.UNPAUSE
@@ -1071,10 +1071,8 @@ def _judge(container: Container, own: Containers, services: Services) -> Action:
         cause, why = f'{container.lost} is gone', _find_obstacle(name, own, services)
     elif obstacle or state is not State.RUNNING:
         why = obstacle or (_find_obstacle(name, own, services) if state is State.CREATED else '')
-    elif renewal:
-        verb, cause = Verb.RESTART, renewal
-    elif ill:
-        verb = Verb.RESTART
+    elif renewal or ill:
+        verb, cause = Verb.RESTART, renewal or cause
     else:
         return well
     return Action(verb, name, container, cause, why)
@@ -1097,10 +1095,9 @@ def _judge_owners(container: Container, own: Containers, services: Services) -> 
     for owner in own if container.owners else ():
         kind = container.owners.get(owner.id) or container.owners.get(owner.name)
         if kind and owner.state not in (State.RUNNING, State.PAUSED):
-            unwatched = services[owner.service].left or owner.left
-            obstacle = f"its {kind}'s owner is not running" + (
-                ' and not watched' if unwatched else ''
-            )
+            obstacle = f"its {kind}'s owner is not running"
+            if services[owner.service].left or owner.left:
+                obstacle += ' and not watched'
         elif kind and owner.since > container.since > 0:
             renewal = f'its {kind} is gone: {owner.label} was started after it'
     return obstacle, renewal
@@ -1115,12 +1112,13 @@ def _is_done(container: Container, services: Services) -> bool:
 
 def _count(name: str, own: Containers, services: Services) -> Optional[Action]:
     """Return what is wrong with the number of a service's containers; None: nothing."""
-    scale = services[name].scale
+    scale, left = services[name].scale, services[name].left
     missing = scale - len({c.number for c in own if c.service == name})
     if missing <= 0:
         return None
     cause = 'missing' if scale == 1 else f'{missing} of {scale} missing'
-    return Action(Verb.CREATE, name, None, cause, _find_obstacle(name, own, services))
+    why = left or _find_obstacle(name, own, services)
+    return Action(Verb.CREATE, name, None, cause, why, wanted=not left)
 
 
 def _find_obstacle(name: str, own: Containers, services: Services) -> str:
@@ -1145,25 +1143,20 @@ def _find_obstacle(name: str, own: Containers, services: Services) -> str:
     return ''
 
 
-def _schedule(
-    action: Action, services: Services, now: float, history: History, settings: Settings
-) -> Action:
+def _schedule(action: Action, now: float, history: History, settings: Settings) -> Action:
     """Return the action with the time when it is due, or as left alone."""
-    container, left = action.container, services.get(action.service, Service()).left
-    if container is not None:
-        left = container.left or left
-    ill, why = action.cause == 'unhealthy', left or action.why
+    ill, why = action.cause == 'unhealthy', action.why
     if ill and settings.unhealthy is Unhealthy.IGNORE:
         why = why or 'told to ignore health'
     if why or action.verb is Verb.LEAVE:
-        return action._replace(verb=Verb.LEAVE, why=why, wanted=action.wanted and not left)
+        return action._replace(verb=Verb.LEAVE, why=why)
     since = history.seen.get((action.verb, action.key), now)
     streak = history.streaks.get(action.key, Streak())
     if since - streak.ended >= _STEADY and not streak.ill:  # over, or the first one
         streak = Streak(began=since)
     delay = min(2**streak.repairs // 2, _LONGEST_DELAY)  # 0, 1, 2, 4 ...
     # What shares the processes of another dies with it, whoever has ended that one.
-    shares = container is not None and 'pid' in container.owners.values()
+    shares = action.container and 'pid' in action.container.owners.values()
     at_once = ill or action.key in history.crashed and not shares
     due = since + max(delay, 0.0 if at_once else settings.settle)
     return action._replace(since=since, due=due, streak=streak)
@@ -1175,9 +1168,6 @@ _FILES = 'com.docker.compose.project.config_files'
 _SERVICE = 'com.docker.compose.service'
 _ONE_OFF = 'com.docker.compose.oneoff'  # made by `compose run`
 _HASH = 'com.docker.compose.config-hash'
-# What comes of reading an answer, or a file, of another form than expected.
-_MISREAD = (LookupError, TypeError, ValueError, AttributeError)
-_Entry = Dict[str, Any]  # what the engine's list says of one thing
 
 
 class _Task(threading.Thread):
@@ -1217,13 +1207,8 @@ class _Task(threading.Thread):
     def finish(self) -> None:
         """Wait for its end, and raise what it raised."""
         self.wait()
-        if self.error is not None:
+        if self.error:
             raise self.error
-
-
-def _wait(event: threading.Event) -> None:
-    while not event.wait(5.0):  # no endless wait: the kernel may give a signal to another thread
-        pass
 
 
 def _in_parallel(function: Callable[[Any], Any], items: Iterable[Any]) -> None:
@@ -1249,7 +1234,7 @@ class _Docker:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.command = self.settings.compose_command or ('docker', 'compose')
+        self.command = settings.compose_command or ('docker', 'compose')
         at = self.command.index('compose') if 'compose' in self.command else 0
         self.docker = self.command[:at] or ('docker',)  # with the words that choose an engine
         try:
@@ -1257,7 +1242,7 @@ class _Docker:
         except FileNotFoundError:  # somebody has removed it
             folder = '/'
         self.place = _Place(folder, {})
-        self.home = os.path.dirname((*self.settings.docker_compose, folder + '/')[0])
+        self.home = os.path.dirname((*settings.docker_compose, folder + '/')[0])
         self.endpoint = ''
         self.legacy = False  # Compose 1.x
         self.flag = UpFlag()  # commands and requests are cancelled when it is lowered
@@ -1268,7 +1253,7 @@ class _Docker:
 
     def close(self) -> None:
         """End the connections that are kept."""
-        if self._engine is not None:
+        if self._engine:
             self._engine.close()
 
     @property
@@ -1294,22 +1279,20 @@ class _Docker:
         if not endpoint:  # no docker command, or podman's
             given = os.environ.get('DOCKER_HOST', '')
             endpoint = given if given.startswith('unix://') else 'unix:///var/run/docker.sock'
-        if name in ('', 'default') or endpoint.startswith('unix://'):
+        if name == 'default' or endpoint.startswith('unix://'):
             self.place.environment['DOCKER_HOST'] = endpoint
         else:  # certificates or ssh belong to it
             self.place.environment['DOCKER_CONTEXT'] = name
         return endpoint
 
-    def _call(self, *command: str) -> str:
-        return _run(command, self.settings.timeout, self.place, self.flag)
-
-    def compose(
-        self, *arguments: str, limit: float = 0.0, show: Optional[Callable[[bytes], Any]] = None
-    ) -> str:
-        """Return what Compose printed within *limit* seconds (0: the timeout)."""
-        files = [word for file in self.settings.docker_compose for word in ('--file', file)]
-        command = (*self.command, *files, *arguments)
+    def _call(self, *command: str, limit: float = 0.0, show: _Show = None) -> str:
+        """Return what a command printed within *limit* seconds (0: the timeout)."""
         return _run(command, limit or self.settings.timeout, self.place, self.flag, show)
+
+    def compose(self, *arguments: str, **options: Any) -> str:
+        """Return what Compose printed; *options*: those of _call()."""
+        files = [word for file in self.settings.docker_compose for word in ('--file', file)]
+        return self._call(*self.command, *files, *arguments, **options)
 
     def read_config(self) -> Any:
         """Return what `compose config` says, having found out which Compose there is."""
@@ -1356,9 +1339,7 @@ class _Project(_Docker):
         self.files: List[str] = []  # what Compose has found, as its containers tell
         self.known: Dict[str, Container] = {}  # as seen last, by id
         self.copies: List[str] = []  # services of which somebody runs a copy
-        self.images: Dict[
-            str, Optional[str]
-        ] = {}  # id -> the label that tells a copy of a container
+        self.images: Dict[str, Any] = {}  # id -> the label that tells a copy of a container
         self.hold_file, self.hold_trouble = os.path.join(self.home, '.broapt-hold'), ''
 
     def open(self) -> None:
@@ -1422,7 +1403,7 @@ class _Project(_Docker):
         # all: also what does not run; status: of a swarm's services
         return self.engine.request('GET', path, all=1, filters=query, status='true')
 
-    def observe(self, afresh: bool = True) -> List[Container]:
+    def observe(self, afresh: bool = True) -> Containers:
         """Return all containers of the project but one-offs, newest first. The only reader.
 
         *afresh*: nothing is known, for any may have changed in any way.
@@ -1452,7 +1433,7 @@ class _Project(_Docker):
         there = self._find_there(containers, entries)
         return [c._replace(lost=_find_loss(c, there)) for c in containers]
 
-    def _is_stale(self, entry: _Entry) -> bool:
+    def _is_stale(self, entry: Facts) -> bool:
         """Tell whether more than the list must be asked about a container."""
         known = self.known.get(entry['Id'])
         if known is None:
@@ -1463,7 +1444,7 @@ class _Project(_Docker):
             return not known.since  # inspect had no answer
         return not entry['Status'].startswith(f'Exited ({known.exit_code})')
 
-    def _is_copy(self, entry: _Entry) -> bool:
+    def _is_copy(self, entry: Facts) -> bool:
         """Tell whether its labels come from an image that `docker commit` made of a container."""
         image = entry['ImageID']
         if image not in self.images:
@@ -1472,7 +1453,7 @@ class _Project(_Docker):
             self.images[image] = labels.get(_HASH)
         return bool(self.images[image] == entry['Labels'].get(_HASH, ''))
 
-    def _note(self, entry: _Entry) -> None:
+    def _note(self, entry: Facts) -> None:
         """Know a container as inspect shows it; else as the list does."""
         details = self._inspect(entry['Id'])
         if details is None:  # it has just been removed
@@ -1489,7 +1470,7 @@ class _Project(_Docker):
             logger.debug(f'{error}')
             return {}
 
-    def _find_there(self, containers: Containers, entries: Sequence[_Entry]) -> Set[str]:
+    def _find_there(self, containers: Containers, entries: Sequence[Facts]) -> Set[str]:
         """Return the ids and names of all that containers may be made for and is there."""
         there = {entry['Id'] for entry in entries}
         for entry in entries:
@@ -1500,7 +1481,7 @@ class _Project(_Docker):
         others = {owner for c in containers for owner in c.owners} - there
         return there | {owner for owner in others if self._inspect(owner) is not None}
 
-    def get_own(self, containers: Containers) -> List[Container]:
+    def get_own(self, containers: Containers) -> Containers:
         """Return those of this folder: another one's stack may have the same project name."""
         home = os.path.realpath(os.fsencode(self.home))  # bytes: the locale may be ASCII
         here = [
@@ -1510,7 +1491,7 @@ class _Project(_Docker):
 
     # -- what somebody wants to be left alone
 
-    def read_holds(self) -> Dict[str, float]:
+    def read_holds(self) -> Holds:
         """Return until when which service is on hold, in seconds since 1970."""
         holds, trouble, now = {}, '', time.time()
         try:
@@ -1526,7 +1507,7 @@ class _Project(_Docker):
         self.hold_trouble = trouble
         return holds
 
-    def write_holds(self, holds: Mapping[str, float]) -> None:
+    def write_holds(self, holds: Holds) -> None:
         """Replace the file of holds, as a whole or not at all."""
         temporary = f'{self.hold_file}.{os.getpid()}'
         try:
@@ -1538,7 +1519,7 @@ class _Project(_Docker):
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
 
-    def get_services(self, holds: Mapping[str, float]) -> Dict[str, Service]:
+    def get_services(self, holds: Holds) -> Services:
         """Return the declared services; those on hold are left alone."""
         services = dict(self.services)
         for name in services.keys() & holds.keys():
@@ -1572,19 +1553,19 @@ class _Stack(_Project):
 
     patience = math.inf  # seconds that a check waits for a repair, which has its own deadline
 
-    def look_once(self) -> List[Action]:
+    def look_once(self) -> Actions:
         """Return what would be done, without regard to what has been."""
         services = self.get_services(self.read_holds())
         actions = decide(self.observe(), services, 0.0, History(), self.settings)
         return sorted(actions, key=lambda action: action.label)
 
-    def find_faults(self) -> List[Action]:
+    def find_faults(self) -> Actions:
         """Return what a look shows to be otherwise than wanted."""
         return [action for action in self.look_once() if action.wanted]
 
     # -- repairs
 
-    def act(self, verb: Verb, actions: Sequence[Action]) -> None:
+    def act(self, verb: Verb, actions: Actions) -> None:
         """Do this about the faults; several only where Compose does it."""
         if verb in _UP:
             services = sorted({action.service for action in actions})
@@ -1673,7 +1654,8 @@ class _Stack(_Project):
     def _make_ready(self, before: Containers) -> Optional[List[str]]:
         """Mend what `up` can't, and return its options; None if it has nothing to do."""
         holds = self.read_holds()
-        self._prepare(before, self.get_services(holds))
+        if before:
+            self._prepare()
         options = self._count_copies(self.services)
         spared = self._find_spared(before, holds)
         names = sorted(self.services.keys() - spared)
@@ -1682,7 +1664,7 @@ class _Stack(_Project):
             options += ['--no-deps', *names]
         return options if names or not spared else None
 
-    def _find_spared(self, before: Containers, holds: Mapping[str, float]) -> Set[str]:
+    def _find_spared(self, before: Containers, holds: Holds) -> Set[str]:
         """Return the services that `up` must not touch: it starts what was stopped on purpose."""
         spared = set(holds)
         for container in before:
@@ -1691,17 +1673,16 @@ class _Stack(_Project):
                 spared.add(container.service)
         return spared & self.services.keys()
 
-    def _prepare(self, containers: Containers, services: Services) -> None:
+    def _prepare(self) -> None:
         """Mend what `up` can't: what is paused, dead, or has lost what it was made for."""
+        wanted = (Verb.UNPAUSE, Verb.REMOVE, Verb.RECREATE)
         for _ in range(3):  # what shares a namespace comes after its owner
-            actions = decide(containers, services, 0.0, History(), self.settings)
-            wanted = (Verb.UNPAUSE, Verb.REMOVE, Verb.RECREATE)
-            actions = [action for action in actions if action.verb in wanted]
+            actions = [action for action in self.look_once() if action.verb in wanted]
             for action in actions:
                 with _going_on(f'{action}, not {action.verb.value}'):
                     self.act(action.verb, [action])
-            if actions:
-                containers = self.observe()
+            if not actions:
+                break
 
     def _undo(self, before: Containers, there: Set[str], error: BaseException) -> None:
         """Delete what is not *there* yet; stop and pause again what was so *before*."""
@@ -1737,7 +1718,7 @@ class _Stack(_Project):
         path, query = f'/containers/{container.id}/logs', {'stdout': 1, 'stderr': 1, 'tail': 10}
         raw = b''
         how = _going_on('its log is not shown')
-        with how, self.engine.ask('GET', path, self.engine.limit, query) as (_, answer):
+        with how, self.engine.ask('GET', path, query) as (_, answer):
             raw = answer.read()
         text = re.sub(rb'[\0-\2]\0\0\0....', b'', raw, flags=re.DOTALL)  # headers of the parts
         for line in text.decode('utf-8', 'replace').splitlines():
@@ -1863,7 +1844,7 @@ class _Swarm(_Stack):
                 note += f', {error}'
             yield Container(entry['ID'], name, name, '', state, note=note)
 
-    def act(self, verb: Verb, actions: Sequence[Action]) -> None:
+    def act(self, verb: Verb, actions: Actions) -> None:
         """Deploy what is missing; of what lacks replicas, warn, and wait until it has them."""
         if verb is Verb.CREATE:
             self._deploy(_STEADY)
@@ -1950,9 +1931,9 @@ class _Watch:
         self.wake = threading.Event()  # set when there is something to look at
         self.over = threading.Event()  # set when the flag has been lowered, if only for a moment
         # Events that came since the last look; None: a stream has been opened.
-        self.events: Deque[Optional[Dict[str, Any]]] = collections.deque()
+        self.events: List[Optional[Facts]] = []
         # Repairs that have ended: why they failed, if they did, and when they began.
-        self.results: Deque[Tuple[Action, Optional[Exception], float]] = collections.deque()
+        self.results: List[Tuple[Action, Optional[Exception], float]] = []
         self.since = 0.0  # the engine's time up to which all events have been seen
         self.stirred = -math.inf  # when the last event came
         # Id -> until when, by the engine's clock, its end counts as somebody's deed.
@@ -1962,7 +1943,7 @@ class _Watch:
         self.crashed: Set[str] = set()
         # Ids of the containers that were there when the files were read; None: not looked yet.
         self.declared: Optional[Set[str]] = None
-        self.holds: Dict[str, float] = {}
+        self.holds: Holds = {}
         self.busy: List[str] = []  # ids, and services, that are being repaired
         self.turn = threading.Lock()  # for Compose: two would create the same network twice
         self.tasks: List[_Task] = []  # repairs under way
@@ -2012,7 +1993,7 @@ class _Watch:
                         self.since, self.stirred = event['time'], self.clock()
                     self.events.append(event)
                     self.wake.set()
-            except (_Cancelled, ComposeError, KeyError, TypeError) as error:
+            except (_Cancelled, ComposeError, *_MISREAD) as error:
                 logger.debug(f'{error}')
             self.over.wait(max(0.0, began + 2.0 - self.clock()))
 
@@ -2029,7 +2010,7 @@ class _Watch:
             logger.info(f'Docker answers again, after {self.clock() - self.outage:.0f} s')
             self.outage = None
         services = self.stack.get_services(self._note_holds())
-        history = History(self.seen, self.streaks, frozenset(self.crashed))
+        history = History(self.seen, self.streaks, self.crashed)
         actions = self._choose(
             decide(containers, services, now, history, self.settings), containers
         )
@@ -2041,14 +2022,14 @@ class _Watch:
         wanted = min([now + self.settings.interval, *(action.due for action in waiting)])
         return wanted - self.clock()
 
-    def _choose(self, actions: Sequence[Action], containers: Containers) -> List[Action]:
+    def _choose(self, actions: Actions, containers: Containers) -> Actions:
         """Return the actions about what is not being repaired, those for Compose a moment later.
 
         For while another container has ended, too, somebody may be removing one after the other,
         and Compose would be run for each of them.
         """
-        ended = any(c.state.ended for c in containers)
-        quiet = self.stirred + _QUIET if ended else 0.0
+        well = all(c.state.alive for c in containers)
+        quiet = 0.0 if well else self.stirred + _QUIET
         free = [a for a in actions if a.key not in self.busy and a.service not in self.busy]
         return [a._replace(due=max(a.due, quiet)) if a.verb in _UP else a for a in free]
 
@@ -2057,7 +2038,7 @@ class _Watch:
     def take_results(self) -> None:
         """Take note of the repairs that have ended, and begin what else may help."""
         while self.results:
-            action, error, began = self.results.popleft()
+            action, error, began = self.results.pop(0)
             for key in action.touched:
                 self.busy.remove(key)
             self._record(action, error, began)
@@ -2068,7 +2049,7 @@ class _Watch:
         For right after an event, the engine's list may still show what was before.
         """
         while self.events:
-            event = self.events.popleft()
+            event = self.events.pop(0)
             if event is None:  # some may have been missed
                 self.stack.known = {}
                 continue
@@ -2083,7 +2064,7 @@ class _Watch:
                 self.killed.pop(ident, None)
                 self.crashed.discard(ident)
 
-    def _note_deed(self, event: Mapping[str, Any], keys: Sequence[str]) -> None:
+    def _note_deed(self, event: Facts, keys: Sequence[str]) -> None:
         """Note what somebody did to a container: the count of its repairs begins anew."""
         for key in keys:
             recent = self.clock() - self.streaks.get(key, Streak()).ended < 1.0
@@ -2094,7 +2075,7 @@ class _Watch:
                 self.streaks.pop(key, None)
         self.killed[keys[0]] = event['time'] + _LONGEST_END
 
-    def _look(self) -> List[Container]:
+    def _look(self) -> Containers:
         """Return the containers, having read the Compose files anew if somebody has deployed."""
         self.since = self.since or self.stack.engine.get_time()
         if not self.stack.services:
@@ -2130,7 +2111,7 @@ class _Watch:
             _warn(f'Docker does not answer; trying again every {pause}: {error}')
         return min(self.settings.interval, max(0.1, now - self.outage))  # soon at first
 
-    def _note_holds(self) -> Dict[str, float]:
+    def _note_holds(self) -> Holds:
         before, self.holds = self.holds, self.stack.read_holds()
         for name in sorted(self.holds.keys() ^ before.keys()):
             until = self.holds.get(name)
@@ -2138,7 +2119,7 @@ class _Watch:
             logger.info(f'{name}: {told}')
         return self.holds
 
-    def _tell(self, actions: Sequence[Action], now: float, woken: bool) -> None:
+    def _tell(self, actions: Actions, now: float, woken: bool) -> None:
         """Warn of crash loops; let the events be followed anew if they did not tell of a fault."""
         fresh = [a for a in actions if a.due < math.inf and (a.verb, a.key) not in self.seen]
         for action in fresh:
@@ -2150,7 +2131,7 @@ class _Watch:
         if fresh and not woken:
             self.stack.engine.cut_stream()
 
-    def _report(self, containers: Containers, actions: Sequence[Action]) -> None:
+    def _report(self, containers: Containers, actions: Actions) -> None:
         status = '; '.join(f'{action}' for action in actions if action.wanted)
         running = [c.state is State.RUNNING for c in containers if c.service in self.stack.services]
         well = f'{sum(running)} of {len(running)} running'
@@ -2158,7 +2139,7 @@ class _Watch:
 
     # -- repairs
 
-    def _begin(self, actions: Sequence[Action], now: float) -> None:
+    def _begin(self, actions: Actions, now: float) -> None:
         """Begin repairs: several in one only by Compose, which takes its time each time."""
         groups: Dict[Any, List[Action]] = {}
         for action in actions:
@@ -2167,7 +2148,7 @@ class _Watch:
         self.tasks = [task for task in self.tasks if not task.ended.is_set()]
         self.tasks += [_Task(self._mend, group, now).begin() for group in groups.values()]
 
-    def _mend(self, group: Sequence[Action], began: float) -> None:
+    def _mend(self, group: Actions, began: float) -> None:
         """Repair, in a thread, and leave the outcome for the watcher.
 
         Where Compose failed for several, each gets a command of its own.
@@ -2210,7 +2191,7 @@ class _Watch:
             _warn(f'{told}. {_ADVICE}')
         # Unpausing does not count, nor does a first start.
         state = action.container and action.container.state
-        if error is not None or state not in (State.CREATED, State.PAUSED):
+        if error or state not in (State.CREATED, State.PAUSED):
             streak = Streak(streak.repairs + 1, streak.began, now, ill, str(error or ''), failures)
             self.streaks[action.key] = streak
 
@@ -2338,7 +2319,7 @@ def _supervise(stack: _Stack) -> Iterator[UpFlag]:
             try:
                 _bring_up(stack, start)
                 watcher.start()
-                _wait(begun)  # a fork amid the body's own subprocesses would hold their pipes open
+                begun.wait()  # a fork amid the body's own subprocesses would hold their pipes open
                 stack.notify('READY=1')
                 yield UP_FLAG
                 failed = False
@@ -2355,15 +2336,15 @@ def _supervise(stack: _Stack) -> Iterator[UpFlag]:
 
 def _require_main_guard() -> None:
     process = sys.modules.get('multiprocessing.process')
-    if process is not None and getattr(process.current_process(), '_inheriting', False):
+    if process and getattr(process.current_process(), '_inheriting', False):
         raise RuntimeError(
             "docker_compose() must stand under `if __name__ == '__main__':` for multiprocessing"
         )
 
 
-def _get_signals(settings: Settings) -> Tuple[int, ...]:
+def _get_signals(settings: Settings) -> Set[int]:
     """Return the signals that end the host."""
-    return (int(signal.SIGINT), int(signal.SIGHUP), settings.kill_signal)
+    return {signal.SIGINT, signal.SIGHUP, settings.kill_signal}
 
 
 def _bring_up(stack: _Stack, start: _Task) -> None:
@@ -2375,7 +2356,7 @@ def _bring_up(stack: _Stack, start: _Task) -> None:
 
 def _make_watcher(stack: _Stack, begun: threading.Event) -> threading.Thread:
     """Return the thread that watches, in itself or in a process; *begun* is set once it does."""
-    watch: Callable[[], Any] = functools.partial(_watch_in_process, stack, begun)
+    watch: Any = functools.partial(_watch_in_process, stack, begun)
     if stack.settings.watcher is Watcher.THREAD:
         begun.set()
         watch = _Watch(stack).run
@@ -2388,7 +2369,7 @@ def _end(stack: _Stack, start: _Task, watcher: threading.Thread, failed: bool) -
     if watcher.is_alive():
         watcher.join(10)  # it ends at once, except in a host that is just being torn down
     start.wait()
-    if start.error is not None or not start.ended.is_set():
+    if start.error or not start.ended.is_set():
         return  # it has undone what it did
     if stack.settings.on_exit is OnExit.LEAVE:
         logger.info('leaving the containers as they are')
@@ -2427,7 +2408,7 @@ def flask_exit(signum: Optional[int] = None, frame: Any = None) -> None:
     """
     if signum is None:
         flask = sys.modules.get('flask')
-        environ = flask.request.environ if flask is not None and flask.has_request_context() else {}
+        environ = flask.request.environ if flask and flask.has_request_context() else {}
         kill_signal = _Signals.number or Settings.load().kill_signal
         environ.get('werkzeug.server.shutdown', lambda: os.kill(os.getpid(), kill_signal))()
         return
@@ -2446,7 +2427,7 @@ def register(settings: Optional[Settings] = None) -> None:
 
     Raises ValueError outside the main thread, or for a bad setting.
     """
-    number = (Settings.load() if settings is None else settings).kill_signal
+    number = (settings or Settings.load()).kill_signal
     if threading.current_thread() is not threading.main_thread():
         raise ValueError(
             'register() must be called in the main thread: Python handles signals there'
@@ -2588,7 +2569,9 @@ def _run_until_signal(stack: _Stack) -> int:
         with _supervise(stack), contextlib.suppress(KeyboardInterrupt):
             name = signal.Signals(settings.kill_signal).name
             logger.info(f'the stack is up and watched; {name} or Ctrl+C stops it')
-            _wait(threading.Event())
+            # No endless wait: the kernel may give the signal to another thread.
+            while not threading.Event().wait(5.0):
+                pass
         return 0
     finally:
         for signum in _get_signals(settings):
@@ -2651,10 +2634,10 @@ def _status(stack: _Stack, as_json: bool) -> int:
     return 0 if ok else 1
 
 
-def _make_row(action: Action, now: float) -> Dict[str, Any]:
+def _make_row(action: Action, now: float) -> Facts:
     row: Dict[str, Any] = {'service': action.service, 'state': action.cause}
     container = action.container
-    if container is not None:
+    if container:
         age = datetime.timedelta(seconds=int(now - container.since))
         row.update(
             container=container.name,
@@ -2667,7 +2650,7 @@ def _make_row(action: Action, now: float) -> Dict[str, Any]:
     return {**row, 'fault': action.wanted, 'note': action.plan}
 
 
-def _print_table(rows: Sequence[Mapping[str, Any]]) -> None:
+def _print_table(rows: Sequence[Facts]) -> None:
     columns = ('service', 'container', 'state', 'health', 'since', 'note')
     table = [[name.upper() for name in columns]]
     table += [[row.get(name) or '-' for name in columns] for row in rows]
@@ -2682,10 +2665,8 @@ def _print_table(rows: Sequence[Mapping[str, Any]]) -> None:
 
 def _hold(stack: _Stack, names: Sequence[str], span: float) -> int:
     """Have these services, or all, left alone for *span* seconds."""
-    try:
+    with _going_on('the containers tell the services'):
         stack.open()
-    except ComposeError as error:
-        logger.warning(f'{error}; so the containers tell the services')
     known = sorted({*stack.services, *(c.service for c in stack.observe())})
     for name in names:
         if name not in known:
@@ -2723,7 +2704,7 @@ _FOR = {
     'default': '1h',
     'help': f'{_SPAN} (default: %(default)s)',
 }
-_COMMANDS: Mapping[str, _Command] = {
+_COMMANDS = {
     'run': _Command(
         _run_until_signal,
         'bring the stack up, watch it, and stop it at the signal (default)',
