@@ -22,10 +22,7 @@ The containers are handled over the engine's HTTP API; Compose is run for what o
 All settings stand in one table, `_OPTIONS`; ``python -m broapt_compose run --help`` prints it.
 """
 
-import contextlib
 import datetime
-import enum
-import functools
 import importlib
 import json
 import logging
@@ -43,6 +40,9 @@ import sys
 import threading
 import time
 import warnings
+from contextlib import ExitStack, closing, contextmanager, suppress
+from enum import Enum
+from functools import lru_cache, partial
 from typing import (
     Any,
     Callable,
@@ -137,7 +137,7 @@ def _quote(command: Iterable[str]) -> str:
 def _warn(text: str) -> None:
     """Log and issue a ComposeWarning: each time, not once per text; -W error does not raise it."""
     logger.warning(_one_line(text))
-    with contextlib.suppress(ComposeWarning):
+    with suppress(ComposeWarning):
         warnings.warn_explicit(_one_line(text), ComposeWarning, __file__, 0, registry=None)
 
 
@@ -177,7 +177,7 @@ class _Outlet:
 
     def _put(self, chunk: bytes) -> None:
         # A full disk, a closed stream, or none, is no matter.
-        with contextlib.suppress(OSError, ValueError, AttributeError):
+        with suppress(OSError, ValueError, AttributeError):
             try:
                 number = self.stream.fileno()  # past its buffer, whose lock would hold up the exit
                 poll = select.poll()
@@ -190,14 +190,14 @@ class _Outlet:
 
 
 # -- settings --------------------------------------------------------------------------------------
-class Watcher(enum.Enum):
+class Watcher(Enum):
     """Where the watcher runs."""
 
     THREAD = 'thread'
     PROCESS = 'process'
 
 
-class Prune(enum.Enum):
+class Prune(Enum):
     """What is deleted at the end."""
 
     PROJECT = 'project'
@@ -205,21 +205,21 @@ class Prune(enum.Enum):
     NONE = 'none'
 
 
-class Unhealthy(enum.Enum):
+class Unhealthy(Enum):
     """What is done with a container whose health check fails."""
 
     RESTART = 'restart'
     IGNORE = 'ignore'
 
 
-class OnExit(enum.Enum):
+class OnExit(Enum):
     """What becomes of the containers when the watchdog ends."""
 
     STOP = 'stop'
     LEAVE = 'leave'
 
 
-class Mode(enum.Enum):
+class Mode(Enum):
     """What runs the containers."""
 
     COMPOSE = 'compose'
@@ -244,7 +244,7 @@ def _parse_seconds(value: Any, least: float = 0.0) -> float:
     return float(value)
 
 
-_parse_positive = functools.partial(_parse_seconds, least=sys.float_info.min)
+_parse_positive = partial(_parse_seconds, least=sys.float_info.min)
 
 
 def _parse_signal(value: Any) -> int:
@@ -440,7 +440,7 @@ class UpFlag(threading.Event):
         if not self.is_set():
             raise _Cancelled
 
-    @contextlib.contextmanager
+    @contextmanager
     def when_lowered(self, callback: Callable[[], Any]) -> Iterator[None]:
         """During the block, call *callback* when the flag is lowered; at once if it is down."""
         guard, callbacks = self._get_own()
@@ -504,7 +504,7 @@ def _count_down(limit: float) -> Iterator[float]:
 
 def _cut(sock: socket.socket) -> None:
     """Wake whoever waits at either end: nothing more will come."""
-    with contextlib.suppress(OSError):
+    with suppress(OSError):
         sock.shutdown(socket.SHUT_RDWR)
 
 
@@ -546,7 +546,7 @@ class _Process:
         for end in (self.lifeline, self.popen.stdout, self.popen.stderr):
             if end:
                 end.close()
-        with contextlib.suppress(subprocess.TimeoutExpired):
+        with suppress(subprocess.TimeoutExpired):
             self.popen.wait(1)
 
     def read(self, limit: float, show: _Show = None) -> Tuple[Optional[int], str, str]:
@@ -591,7 +591,7 @@ def _run(
     """
     flag.check()
     try:
-        with contextlib.closing(_Process(command, place)) as process:
+        with closing(_Process(command, place)) as process:
             with flag.when_lowered(process.kill):
                 code, output, errors = process.read(limit, show)
     except (OSError, ValueError) as error:
@@ -613,7 +613,7 @@ class _Socket(socket.socket):
         """Receive as usual; raises socket.timeout when no time is left."""
         for step in self.steps:
             self.settimeout(step)
-            with contextlib.suppress(socket.timeout):
+            with suppress(socket.timeout):
                 return super().recv_into(*arguments)
         raise socket.timeout
 
@@ -689,7 +689,7 @@ class _Engine:
         if self.stream:
             _cut(self.stream)
 
-    @contextlib.contextmanager
+    @contextmanager
     def ask(
         self, method: str, path: str, query: Mapping[str, Any], limit: float = 0.0
     ) -> Iterator[Any]:
@@ -704,7 +704,7 @@ class _Engine:
         try:
             sock = connection.sock = self._connect()
             sock.steps = _count_down(limit)
-            with self.flag.when_lowered(functools.partial(_cut, sock)):
+            with self.flag.when_lowered(partial(_cut, sock)):
                 connection.request(method, f'{path}?{urllib.parse.urlencode(query)}')
                 answer = connection.getresponse()
                 yield sock, answer
@@ -722,7 +722,7 @@ class _Engine:
     def _connect(self) -> _Socket:
         """Return a connection that is open, as far as can be told."""
         while self.kept:
-            with contextlib.suppress(IndexError):  # another thread was faster
+            with suppress(IndexError):  # another thread was faster
                 sock = self.kept.pop()
                 if sock.is_idle():
                     return sock
@@ -768,7 +768,7 @@ def _find_trouble(error: Exception, sock: Optional[_Socket], limit: float) -> st
 Facts = Mapping[str, Any]  # what Docker or Compose tells of one thing
 
 
-class State(enum.Enum):
+class State(Enum):
     """Of a container, in Docker's words; or of a service on a swarm."""
 
     CREATED = 'created'
@@ -949,7 +949,7 @@ def _parse_yaml(text: str) -> Facts:
 
 
 # -- decide ----------------------------------------------------------------------------------------
-class Verb(enum.Enum):
+class Verb(Enum):
     """What is done about a fault, in the word that the log has for it when it is done."""
 
     LEAVE = 'left alone'
@@ -1220,7 +1220,7 @@ def _in_parallel(function: Callable[[Any], Any], items: Iterable[Any]) -> None:
         task.finish()
 
 
-@contextlib.contextmanager
+@contextmanager
 def _going_on(how: str) -> Iterator[None]:
     """Log that something has failed, and how it goes on."""
     try:
@@ -1261,7 +1261,7 @@ class _Docker:
         """The engine that the docker command would use, found once and pinned for Compose too."""
         if self._engine is None:
             self.endpoint = self.endpoint or self._find_endpoint()
-            dial = functools.partial(_Process, (*self.docker, 'system', 'dial-stdio'), self.place)
+            dial = partial(_Process, (*self.docker, 'system', 'dial-stdio'), self.place)
             self._engine = _Engine(self.endpoint, self.settings.timeout, dial)
         self._engine.flag = self.flag
         return self._engine
@@ -1362,7 +1362,7 @@ class _Project(_Docker):
         """Return when each of the Compose files was last written."""
         times = []
         for file in self.settings.docker_compose or self.files:
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 times.append(os.path.getmtime(file))
         return times
 
@@ -1516,7 +1516,7 @@ class _Project(_Docker):
             os.chmod(temporary, 0o644)  # whatever the umask: others have to read it
             os.replace(temporary, self.hold_file)
         finally:
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 os.unlink(temporary)
 
     def get_services(self, holds: Holds) -> Services:
@@ -1640,9 +1640,9 @@ class _Stack(_Project):
         if options is None:
             return
         command = self.command
-        with contextlib.closing(_Outlet(sys.stderr)) as outlet:
+        with closing(_Outlet(sys.stderr)) as outlet:
             words = ('up', '--build', '--detach', *options)
-            up = functools.partial(self.compose, *words, limit=math.inf, show=outlet.write)
+            up = partial(self.compose, *words, limit=math.inf, show=outlet.write)
             try:
                 up()
             except ComposeError:
@@ -1734,7 +1734,7 @@ class _Stack(_Project):
         with _going_on('stopping the stack nevertheless'):
             own = self.get_own(self.observe())
             paused = [c for c in own if c.state is State.PAUSED]  # they can't stop gracefully
-            _in_parallel(functools.partial(self.post, 'unpause'), paused)
+            _in_parallel(partial(self.post, 'unpause'), paused)
         grace = max([c.grace for c in own], default=_DEFAULT_GRACE)
         logger.info(f'stopping the stack (up to {grace:g} s)')
         names = [name for name in self.services if name not in self.copies] if self.copies else []
@@ -1762,7 +1762,7 @@ class _Stack(_Project):
         """
         try:
             own = self.get_own(self.observe())
-            _in_parallel(functools.partial(self.post, what), [c for c in own if c.state.alive])
+            _in_parallel(partial(self.post, what), [c for c in own if c.state.alive])
         except ComposeError as error:
             if what == 'kill':
                 raise
@@ -1854,7 +1854,7 @@ class _Swarm(_Stack):
             looks = 0
             while looks < 20:  # ten seconds: in a crash loop it runs now and then
                 threading.Event().wait(0.5)
-                with contextlib.suppress(ComposeError):  # an outage tells nothing
+                with suppress(ComposeError):  # an outage tells nothing
                     if fault.key in [action.key for action in self.find_faults()]:
                         looks = 0
                     looks += 1
@@ -1869,7 +1869,7 @@ class _Swarm(_Stack):
             *[f'--compose-file={file}' for file in self.settings.docker_compose],
             self.project,
         )
-        tell = functools.lru_cache()(logger.info)  # each line once
+        tell = lru_cache()(logger.info)  # each line once
         for step in _count_down(limit):
             faults = self.find_faults()
             for fault in faults:
@@ -1960,14 +1960,14 @@ class _Watch:
         """Watch until the flag is lowered."""
         follower = threading.Thread(target=self._follow, daemon=True)
         over, wake = UP_FLAG.when_lowered(self.over.set), UP_FLAG.when_lowered(self.wake.set)
-        with over, wake, contextlib.closing(self):
+        with over, wake, closing(self):
             woken = True
             while not self.over.is_set():
                 timeout = self.settings.interval
                 try:
                     timeout = self.cycle(woken)
                     if self.stack.project and not follower.ident:
-                        with contextlib.suppress(RuntimeError):  # no thread: the interval will do
+                        with suppress(RuntimeError):  # no thread: the interval will do
                             follower.start()
                 except _Cancelled:
                     pass
@@ -1992,15 +1992,17 @@ class _Watch:
                     if event is not None:
                         self.since, self.stirred = event['time'], self.clock()
                     self.events.append(event)
-                    self.wake.set()
+                    # What is being repaired is looked at when that is over.
+                    if event is None or event['Actor']['ID'] not in self.busy:
+                        self.wake.set()
             except (_Cancelled, ComposeError, *_MISREAD) as error:
                 logger.debug(f'{error}')
             self.over.wait(max(0.0, began + 2.0 - self.clock()))
 
     def cycle(self, woken: bool = True) -> float:
         """Take one look and begin what is due; return the seconds until the next look is wanted."""
-        self._take_events()
         self.take_results()
+        self._take_events()
         now = self.clock()
         try:
             containers = self._look()
@@ -2154,7 +2156,7 @@ class _Watch:
         Where Compose failed for several, each gets a command of its own.
         """
         verb, error = group[0].verb, None
-        turn: Any = self.turn if verb in _UP else contextlib.ExitStack()
+        turn: Any = self.turn if verb in _UP else ExitStack()
         try:
             with turn:
                 self.stack.act(verb, group)
@@ -2228,7 +2230,7 @@ def _run_process(stack: _Stack, begun: threading.Event) -> Optional[int]:
     import multiprocessing.process
 
     theirs, ours = multiprocessing.Pipe(duplex=False)  # what it says is: the end
-    say_end = functools.partial(ours.send_bytes, b'.')  # a fork may hold it open
+    say_end = partial(ours.send_bytes, b'.')  # a fork may hold it open
     arguments = (theirs, ours, stack, logger.level)
     process = multiprocessing.Process(target=_process_main, args=arguments)
     with theirs, ours, UP_FLAG.when_lowered(say_end):
@@ -2268,7 +2270,7 @@ def start_container(settings: Optional[Settings] = None) -> None:
     Raises ComposeError if Docker or Compose fails (what was created is removed then, unless told to
     leave), ValueError for a bad setting.
     """
-    with contextlib.closing(_make_stack(settings)) as stack:
+    with closing(_make_stack(settings)) as stack:
         stack.start()
 
 
@@ -2278,7 +2280,7 @@ def stop_container(settings: Optional[Settings] = None) -> None:
     Raises ComposeError if it can't be stopped, ValueError for a bad setting; a failed clean-up is
     a ComposeWarning.
     """
-    with contextlib.closing(_make_stack(settings)) as stack:
+    with closing(_make_stack(settings)) as stack:
         stack.stop()
 
 
@@ -2288,7 +2290,7 @@ def watch_container(settings: Optional[Settings] = None) -> None:
     That Docker does not answer is a ComposeWarning, and it goes on trying. Raises ValueError for a
     bad setting.
     """
-    with contextlib.closing(_make_stack(settings)) as stack:
+    with closing(_make_stack(settings)) as stack:
         _Watch(stack).run()
 
 
@@ -2303,7 +2305,7 @@ def docker_compose(settings: Optional[Settings] = None) -> ContextManager[UpFlag
     return _supervise(_make_stack(settings))
 
 
-@contextlib.contextmanager
+@contextmanager
 def _supervise(stack: _Stack) -> Iterator[UpFlag]:
     """Start the stack, watch it during the block, and stop it in the process that began it."""
     _require_main_guard()
@@ -2329,7 +2331,7 @@ def _supervise(stack: _Stack) -> Iterator[UpFlag]:
             _go_deaf(owner)  # again, for a signal may have come before that
             if os.getpid() == owner:
                 # Again: the body may have changed the handlers, as asyncio does.
-                with _handling(signals), contextlib.closing(stack):
+                with _handling(signals), closing(stack):
                     _end(stack, start, watcher, failed)
                 _Signals.deaf_until = 0.0
 
@@ -2356,7 +2358,7 @@ def _bring_up(stack: _Stack, start: _Task) -> None:
 
 def _make_watcher(stack: _Stack, begun: threading.Event) -> threading.Thread:
     """Return the thread that watches, in itself or in a process; *begun* is set once it does."""
-    watch: Any = functools.partial(_watch_in_process, stack, begun)
+    watch: Any = partial(_watch_in_process, stack, begun)
     if stack.settings.watcher is Watcher.THREAD:
         begun.set()
         watch = _Watch(stack).run
@@ -2437,7 +2439,7 @@ def register(settings: Optional[Settings] = None) -> None:
         _Signals.previous[number] = signal.signal(number, flask_exit)
 
 
-@contextlib.contextmanager
+@contextmanager
 def _handling(signals: Iterable[int]) -> Iterator[None]:
     """Let flask_exit handle these signals, unless they are ignored; tell which came too late."""
     owner, replaced = os.getpid(), {}
@@ -2566,7 +2568,7 @@ def _run_until_signal(stack: _Stack) -> int:
         interval = min(settings.interval, max(int(usec), 1) / 2e6)
         stack.settings = settings._replace(interval=interval)
     try:
-        with _supervise(stack), contextlib.suppress(KeyboardInterrupt):
+        with _supervise(stack), suppress(KeyboardInterrupt):
             name = signal.Signals(settings.kill_signal).name
             logger.info(f'the stack is up and watched; {name} or Ctrl+C stops it')
             # No endless wait: the kernel may give the signal to another thread.
@@ -2582,7 +2584,7 @@ def _notify(text: str) -> None:
     """Tell systemd, if it listens: sd_notify(3)."""
     address = os.environ.get('NOTIFY_SOCKET', '')
     if address:
-        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
             sock.setblocking(False)
             sock.sendto(text.encode(), re.sub('^@', '\0', address))
 
@@ -2597,7 +2599,7 @@ def _check(stack: _Stack, dry_run: bool) -> int:
             print(f'{action}: {action.plan or "nothing to do"}')
         return 1 if any(action.wanted for action in actions) else 0
     watch = _Watch(stack)
-    with contextlib.closing(watch):
+    with closing(watch):
         watch.cycle()
         if watch.seen:
             threading.Event().wait(stack.settings.settle)

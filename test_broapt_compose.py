@@ -4075,6 +4075,24 @@ def test_event_tells_of_what_the_list_does_not_show_yet(world):
         assert eventually(lambda: world.state('core1') == 'running')
 
 
+def test_what_happens_to_a_container_amid_its_repair_is_looked_at_when_that_is_over(world):
+    world.run('core', 'side')
+    with watching():
+        assert eventually(world.streams)
+        world.fault('POST', hang=True)
+        world.crash('core1')
+        assert eventually(lambda: summary(world) == ['start core1'])
+        asked = len(world.requests())
+        world.emit('die', 'core1')
+        assert not eventually(lambda: len(world.requests()) > asked, seconds=0.5)
+        world.emit('pause', 'side1')
+        assert eventually(lambda: len(world.requests()) > asked)
+        world.heal()
+        assert eventually(lambda: world.state('core1') == 'running')
+        world.crash('core1')
+        assert eventually(lambda: summary(world) == ['start core1'] * 2)
+
+
 def test_removal_is_heard_of_as_podman_tells_it(world):
     world.run('core', 'side')
     with watching():
@@ -5168,10 +5186,16 @@ def test_in_a_request_the_shutdown_of_an_old_werkzeug_is_used():
     assert (response.status_code, calls) == (200, ['shutdown'])
 
 
-@pytest.mark.parametrize('signum', [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_signal_inside_ends_the_stack_and_comes_out(world, signum):
+SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
+
+
+@pytest.mark.parametrize(
+    'signum, kill_signal', [(signum, signal.SIGTERM) for signum in SIGNALS] + [(SIGNALS[1],) * 2]
+)
+def test_signal_inside_ends_the_stack_and_comes_out(world, signum, kill_signal):
     world.run('core')
-    with pytest.raises(KeyboardInterrupt), bc.docker_compose(FAST):
+    settings = FAST._replace(kill_signal=int(kill_signal))
+    with pytest.raises(KeyboardInterrupt), bc.docker_compose(settings):
         strike(signum)
     assert not world.containers
 
@@ -5192,9 +5216,6 @@ def test_call_without_a_signal_works_although_nothing_was_registered(world):
             bc.flask_exit()
             time.sleep(20)
     assert not world.containers
-
-
-SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
 
 
 @pytest.mark.parametrize('moment', ['compose stop', 'DELETE', 'POST /images'])
@@ -5231,17 +5252,19 @@ def test_clean_up_is_protected_although_the_body_has_changed_the_handlers(world)
     assert not world.containers
 
 
-def test_handlers_are_as_before_after_the_end_and_signals_work_again(world):
+@pytest.mark.parametrize('kill_signal', SIGNALS)
+def test_handlers_are_as_before_after_the_end_and_signals_work_again(world, kill_signal):
     world.run('core')
+    settings = FAST._replace(kill_signal=int(kill_signal))
     before = [signal.getsignal(signum) for signum in SIGNALS]
-    with bc.docker_compose(FAST):
+    with bc.docker_compose(settings):
         pass
     assert [signal.getsignal(signum) for signum in SIGNALS] == before
-    bc.register(FAST)
-    with bc.docker_compose(FAST):
+    bc.register(settings)
+    with bc.docker_compose(settings):
         pass
     with pytest.raises(KeyboardInterrupt):
-        strike()
+        strike(kill_signal)
 
 
 def test_context_in_another_thread_touches_no_handler(world):
