@@ -185,7 +185,7 @@ class _Outlet:
                 while chunk:
                     poll.poll()  # it may be one that does not block
                     chunk = chunk[os.write(number, chunk) :]
-            except ValueError:  # it has no descriptor
+            except (ValueError, AttributeError):  # it has no descriptor
                 self.stream.write(chunk.decode('utf-8', 'replace'))
 
 
@@ -829,6 +829,7 @@ class Service(NamedTuple):
     left: str = ''  # why it is left alone; '': it is not
     owners: Tuple[str, ...] = ()  # the services whose network, pid or ipc it shares
     depends_on: Mapping[str, str] = {}  # service -> condition
+    optional: Tuple[str, ...] = ()  # those of them that it can do without
     provided: bool = False  # by something else than containers
 
 
@@ -857,7 +858,7 @@ def _read_container(entry: Facts, details: Facts) -> Container:
         service=labels['com.docker.compose.service'],
         number=labels.get('com.docker.compose.container-number', ''),
         state=state,
-        exit_code=found.get('ExitCode') if ended else None,
+        exit_code=_read_code(found, entry['Status']) if ended else None,
         note='out of memory' if found.get('OOMKilled') else found.get('Error', ''),
         health=_read_health(found.get('Health') or {}) if state.alive else '',
         since=_read_time(found.get('StartedAt' if state.alive else 'FinishedAt', '')),
@@ -867,6 +868,12 @@ def _read_container(entry: Facts, details: Facts) -> Container:
         left=_read_left(labels),
         folder=labels.get('com.docker.compose.project.working_dir', ''),
     )
+
+
+def _read_code(found: Facts, status: str) -> Any:
+    """Return an exit code, by the list if inspect had no answer."""
+    listed = re.match(r'Exited \((\d+)', status)
+    return found.get('ExitCode', int(listed[1]) if listed else None)
 
 
 def _read_left(labels: Facts) -> str:
@@ -912,15 +919,13 @@ def _read_service(own: Facts, names: Mapping[str, str], profiles: Optional[Set[s
     off = profiles is not None and 'profiles' in own and profiles.isdisjoint(own['profiles'])
     scale = own.get('scale', own.get('deploy', {}).get('replicas', 1))
     modes = [own.get(key, '') for key in ('network_mode', 'pid', 'ipc')]
-    depends_on = {}
-    for other, needed in own.get('depends_on', {}).items():
-        if needed.get('required', True):
-            depends_on[other] = needed.get('condition', '')
+    needs = own.get('depends_on', {})
     return Service(
         scale=0 if off or provided else int(scale),
         left=_read_left(own.get('labels', {})),
         owners=tuple(names[mode] for mode in modes if mode in names),
-        depends_on=depends_on,
+        depends_on={name: how.get('condition', '') for name, how in needs.items()},
+        optional=tuple(name for name, how in needs.items() if not how.get('required', True)),
         provided=provided,
     )
 
@@ -1031,6 +1036,7 @@ class History(NamedTuple):
     seen: Mapping[Tuple[Verb, str], float] = {}  # when a fault that waits was first seen
     streaks: Mapping[str, Streak] = {}  # by Action.key
     crashed: Iterable[str] = ()  # ids of containers whose process ended by itself
+    ending: Iterable[str] = ()  # ids of those that somebody is stopping
 
 
 def decide(
@@ -1131,7 +1137,9 @@ def _find_obstacle(name: str, own: Containers, services: Services) -> str:
     healthy = {c.service for c in own if c.health == 'healthy'}
     running = {c.service for c in own if c.state is State.RUNNING}
     for other, condition in services[name].depends_on.items():
-        if other not in services or services[other].left or not services[other].scale:
+        if other in services[name].optional or other not in services:
+            continue
+        if services[other].left or not services[other].scale:
             continue
         if condition == 'service_completed_successfully' and other not in completed:
             return f'waits for {other} to complete'
@@ -1148,6 +1156,10 @@ def _schedule(action: Action, now: float, history: History, settings: Settings) 
     ill, why = action.cause == 'unhealthy', action.why
     if ill and settings.unhealthy is Unhealthy.IGNORE:
         why = why or 'told to ignore health'
+    container = action.container
+    made = container and container.state is State.CREATED  # by somebody who deploys
+    if action.key in history.ending or made and history.ending:
+        why = why or 'somebody is stopping a container'
     if why or action.verb is Verb.LEAVE:
         return action._replace(verb=Verb.LEAVE, why=why)
     since = history.seen.get((action.verb, action.key), now)
@@ -1156,7 +1168,7 @@ def _schedule(action: Action, now: float, history: History, settings: Settings) 
         streak = Streak(began=since)
     delay = min(2**streak.repairs // 2, _LONGEST_DELAY)  # 0, 1, 2, 4 ...
     # What shares the processes of another dies with it, whoever has ended that one.
-    shares = action.container and 'pid' in action.container.owners.values()
+    shares = container and 'pid' in container.owners.values()
     at_once = ill or action.key in history.crashed and not shares
     due = since + max(delay, 0.0 if at_once else settings.settle)
     return action._replace(since=since, due=due, streak=streak)
@@ -1168,6 +1180,7 @@ _FILES = 'com.docker.compose.project.config_files'
 _SERVICE = 'com.docker.compose.service'
 _ONE_OFF = 'com.docker.compose.oneoff'  # made by `compose run`
 _HASH = 'com.docker.compose.config-hash'
+_IMAGE = 'com.docker.compose.image'  # its id; 1.x counts it in with the hash
 
 
 class _Task(threading.Thread):
@@ -1339,7 +1352,7 @@ class _Project(_Docker):
         self.files: List[str] = []  # what Compose has found, as its containers tell
         self.known: Dict[str, Container] = {}  # as seen last, by id
         self.copies: List[str] = []  # services of which somebody runs a copy
-        self.images: Dict[str, Any] = {}  # id -> the label that tells a copy of a container
+        self.images: Dict[str, Any] = {}  # id -> what tells a copy of a container
         self.hold_file, self.hold_trouble = os.path.join(self.home, '.broapt-hold'), ''
 
     def open(self) -> None:
@@ -1420,12 +1433,13 @@ class _Project(_Docker):
 
     def _look(self) -> Iterable[Container]:
         """Take one list, and inspect each container of which that may not tell enough."""
-        entries = self._list('/containers/json', f'{_PROJECT}={self.project}')
+        # What has not all of these labels was not made by Compose; what it builds has some.
+        labels = (f'{_PROJECT}={self.project}', f'{_ONE_OFF}=False', _SERVICE, _HASH)
+        entries = self._list('/containers/json', *labels)
         entries.sort(key=lambda entry: -int(entry['Created']))
-        services = [e for e in entries if e['Labels'].get(_ONE_OFF) != 'True']
-        copies = [e for e in services if self._is_copy(e)]
+        copies = [e for e in entries if self._is_copy(e)]
         self.copies = [e['Labels'].get(_SERVICE) for e in copies]
-        own = [e for e in services if e not in copies]
+        own = [e for e in entries if e not in copies]
         self.files = own[0]['Labels'].get(_FILES, '').split(',') if own else []
         _in_parallel(self._note, [e for e in own if self._is_stale(e)])
         containers = [self.known[e['Id']] for e in own if e['Id'] in self.known]
@@ -1436,12 +1450,12 @@ class _Project(_Docker):
     def _is_stale(self, entry: Facts) -> bool:
         """Tell whether more than the list must be asked about a container."""
         known = self.known.get(entry['Id'])
-        if known is None:
+        if not known or not known.since:  # inspect had no answer
             return True
         listed_well = entry['State'] == 'running' and 'unhealthy' not in entry['Status']
         known_well = known.state is State.RUNNING and known.health in ('', 'healthy')
         if listed_well and known_well:
-            return not known.since  # inspect had no answer
+            return False
         return not entry['Status'].startswith(f'Exited ({known.exit_code})')
 
     def _is_copy(self, entry: Facts) -> bool:
@@ -1450,8 +1464,8 @@ class _Project(_Docker):
         if image not in self.images:
             found = self.engine.request('GET', f'/images/{image}/json', absent=(404,)) or {}
             labels = (found.get('Config') or {}).get('Labels') or {}
-            self.images[image] = labels.get(_HASH)
-        return bool(self.images[image] == entry['Labels'].get(_HASH, ''))
+            self.images[image] = _read_make(labels)
+        return bool(self.images[image] == _read_make(entry['Labels']))
 
     def _note(self, entry: Facts) -> None:
         """Know a container as inspect shows it; else as the list does."""
@@ -1540,6 +1554,11 @@ def _find_loss(container: Container, there: Set[str]) -> str:
     return ', '.join(lost)
 
 
+def _read_make(labels: Facts) -> Sequence[Any]:
+    """Return what Compose made a container of; an image that is committed from it keeps that."""
+    return [labels.get(_HASH), labels.get(_IMAGE)]
+
+
 def _open_at_once(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)  # it may be a pipe
 
@@ -1567,6 +1586,8 @@ class _Stack(_Project):
 
     def act(self, verb: Verb, actions: Actions) -> None:
         """Do this about the faults; several only where Compose does it."""
+        if verb is Verb.RECREATE and actions[0].service in self.copies:
+            verb = Verb.REMOVE  # Compose would replace the copy, too
         if verb in _UP:
             services = sorted({action.service for action in actions})
             options = (*_UP[verb], *self._count_copies(services))
@@ -1574,6 +1595,8 @@ class _Stack(_Project):
             return
         for container in [action.container for action in actions if action.container]:
             if verb is Verb.REMOVE:
+                if container.state.alive:
+                    self.post('stop', container)
                 self.remove(container)
             else:
                 self.post(verb.name.lower(), container)  # the engine has the same words
@@ -1591,7 +1614,8 @@ class _Stack(_Project):
         """Unpause, start, restart, stop or kill a container; it has its grace period to stop."""
         path, limit = f'/containers/{container.id}/{what}', self.engine.limit + container.grace
         # Without a time to stop, podman kills at once; what does not stop takes no notice of it.
-        self.engine.request('POST', path, limit, t=int(container.grace))
+        absent = (404, 409) if what == 'kill' else ()  # it has ended meanwhile
+        self.engine.request('POST', path, limit, absent, t=int(container.grace))
 
     def remove(self, container: Container) -> None:
         """Delete a container with its anonymous volumes."""
@@ -1690,26 +1714,34 @@ class _Stack(_Project):
             threading.Event().wait(1.0)  # the engine still ends what it was asked for
             with _going_on('undoing what can be found'):
                 self.read_services()
-        # By id; what has been replaced since, by its number: the newest of those that bore it.
-        states = {key: c.state for c in reversed(before) for key in (c.id, (c.service, c.number))}
-
-        def restore(container: Container) -> None:
-            """Undo what the start has done to one container."""
-            number = (container.service, container.number)
-            was = states.get(container.id, states.get(number, container.state))
-            if number not in states and container.id not in there:
-                self._show_log(container)
-                self.remove(container)
-            elif container.state.alive and not was.alive:
-                self.post('stop', container)
-            elif container.state is State.RUNNING and was is State.PAUSED:
-                self.post('pause', container)
-
         try:
-            _in_parallel(restore, self.observe())
+            now = self.observe()
+            # By id; what has been replaced, by its number: the newest of those that bore it.
+            gone = [c for c in before if c.id not in {c.id for c in now}]
+            states: Dict[Any, State] = {(c.service, c.number): c.state for c in reversed(gone)}
+            states.update((c.id, c.state) for c in before)
+            jobs = []
+            for c in now:
+                was = states.get(c.id) or states.get((c.service, c.number))
+                if was or c.id not in there:
+                    jobs.append((c, was))
+            _in_parallel(lambda job: self._restore(*job), jobs)
             self.remove_networks(spared=there)
         except ComposeError as trouble:
             _warn(f'what the failed start has created could not be removed: {trouble}')
+
+    def _restore(self, container: Container, was: Optional[State]) -> None:
+        """Bring a container back into the state in which it was; None: it was not there."""
+        if was is None:
+            self._show_log(container)
+            self.remove(container)
+        elif container.state.alive and not was.alive:
+            self.post('stop', container)
+        elif container.state is State.RUNNING and was is State.PAUSED:
+            self.post('pause', container)
+        elif was.alive and not container.state.alive:
+            with _going_on(f'{container.label} does not run any more'):
+                self.post('start', container)
 
     def _show_log(self, container: Container) -> None:
         """Log the last lines that a container wrote, before it goes, unless it was well."""
@@ -1941,6 +1973,8 @@ class _Watch:
         self.seen: Dict[Tuple[Verb, str], float] = {}  # as in History
         self.streaks: Dict[str, Streak] = {}
         self.crashed: Set[str] = set()
+        # Id -> until when somebody's signal may still be stopping it.
+        self.ending: Dict[str, float] = {}
         # Ids of the containers that were there when the files were read; None: not looked yet.
         self.declared: Optional[Set[str]] = None
         self.holds: Holds = {}
@@ -2012,7 +2046,8 @@ class _Watch:
             logger.info(f'Docker answers again, after {self.clock() - self.outage:.0f} s')
             self.outage = None
         services = self.stack.get_services(self._note_holds())
-        history = History(self.seen, self.streaks, self.crashed)
+        self.ending = {ident: until for ident, until in self.ending.items() if now < until}
+        history = History(self.seen, self.streaks, self.crashed, self.ending)
         actions = self._choose(
             decide(containers, services, now, history, self.settings), containers
         )
@@ -2021,8 +2056,8 @@ class _Watch:
         self.seen = {(action.verb, action.key): action.since for action in waiting}
         self._begin([action for action in actions if action.due <= now], now)
         self._report(containers, actions)
-        wanted = min([now + self.settings.interval, *(action.due for action in waiting)])
-        return wanted - self.clock()
+        soon = [*self.ending.values(), *(action.due for action in waiting)]
+        return min([now + self.settings.interval, *soon]) - self.clock()
 
     def _choose(self, actions: Actions, containers: Containers) -> Actions:
         """Return the actions about what is not being repaired, those for Compose a moment later.
@@ -2032,7 +2067,8 @@ class _Watch:
         """
         well = all(c.state.alive for c in containers)
         quiet = 0.0 if well else self.stirred + _QUIET
-        free = [a for a in actions if a.key not in self.busy and a.service not in self.busy]
+        taken = [a.service in self.busy and a.key not in self.crashed for a in actions]
+        free = [a for a, t in zip(actions, taken) if not t and a.key not in self.busy]
         return [a._replace(due=max(a.due, quiet)) if a.verb in _UP else a for a in free]
 
     # -- what has happened
@@ -2057,16 +2093,22 @@ class _Watch:
                 continue
             kind, _, _ = event['Action'].partition(':')
             ident, told = event['Actor']['ID'], event['Actor']['Attributes']
-            self.stack.known.pop(ident, None)
+            known = self.stack.known.pop(ident, None)
+            grace = known.grace if known else _DEFAULT_GRACE
+            if kind == 'kill':
+                self.ending[ident] = self.clock() + grace
+            if kind in ('die', 'destroy', 'remove'):
+                self.ending.pop(ident, None)
             if kind in ('kill', 'stop', 'destroy', 'remove'):
-                self._note_deed(event, (ident, told.get(_SERVICE, '')))
+                self._note_deed(ident, told.get(_SERVICE, ''))
+                self.killed[ident] = event['time'] + _LONGEST_END + grace
             if kind == 'die' and event['time'] >= self.killed.get(ident, -math.inf):
                 self.crashed.add(ident)
             if kind in ('start', 'destroy', 'remove'):
                 self.killed.pop(ident, None)
                 self.crashed.discard(ident)
 
-    def _note_deed(self, event: Facts, keys: Sequence[str]) -> None:
+    def _note_deed(self, *keys: str) -> None:
         """Note what somebody did to a container: the count of its repairs begins anew."""
         for key in keys:
             recent = self.clock() - self.streaks.get(key, Streak()).ended < 1.0
@@ -2075,7 +2117,6 @@ class _Watch:
         else:
             for key in keys:
                 self.streaks.pop(key, None)
-        self.killed[keys[0]] = event['time'] + _LONGEST_END
 
     def _look(self) -> Containers:
         """Return the containers, having read the Compose files anew if somebody has deployed."""
@@ -2214,8 +2255,7 @@ def _watch_in_process(stack: _Stack, begun: threading.Event) -> None:
         while not lowered.is_set():
             try:
                 code = _run_process(stack, begun)
-            # AssertionError: a process that is a daemon may have no children.
-            except (OSError, AssertionError, RuntimeError) as error:
+            except Exception as error:  # AssertionError: a daemon process may have no children
                 _warn(f'no watcher process can be started: {error}')
                 begun.set()
                 lowered.wait(stack.settings.interval)
@@ -2239,9 +2279,10 @@ def _run_process(stack: _Stack, begun: threading.Event) -> Optional[int]:
         multiprocessing.process._children.discard(process)  # type: ignore[attr-defined]
         begun.set()
         multiprocessing.connection.wait([process.sentinel, theirs])
-    process.join(2)
-    if process.exitcode is None and process.pid:
+    # Not by its exit code, which nobody gets where SIGCHLD is ignored.
+    if process.pid and not multiprocessing.connection.wait([process.sentinel], 2):
         os.kill(process.pid, signal.SIGKILL)
+    process.join(2)
     return process.exitcode
 
 

@@ -2475,6 +2475,13 @@ def test_container_of_the_project_that_is_shared_by_its_name_is_an_owner():
     assert bc._read_services(config, 'shop', None)['b'].owners == ('a',)
 
 
+@pytest.mark.parametrize('listed, code', [('Exited (7) 2 seconds ago', 7), ('Created', None)])
+def test_exit_code_is_the_lists_where_inspect_has_no_answer(listed, code):
+    entry = dict(json.loads(ENTRY), Status=listed)
+    assert bc._read_container(entry, {}).exit_code == code
+    assert bc._read_container(entry, json.loads(DETAILS)).exit_code == 3
+
+
 @pytest.mark.parametrize(
     'text, config',
     [
@@ -2803,6 +2810,43 @@ def test_first_start_does_not_wait_for_what_is_merely_started_first():
         'create db: missing',
         'create side: missing',
     ]
+
+
+def test_job_is_done_whether_what_waits_for_it_needs_it_or_not_and_only_need_is_waited_for():
+    services = dict(SERVICES, core=SERVICES['core']._replace(optional=['init', 'db']))
+    assert plan(look(), services) == []
+    assert plan(look(core=None, side=None, init=None, db=None), services) == [
+        'create core: missing',
+        'create db: missing',
+        'create init: missing',
+        'leave side: missing: waits for core to run',
+    ]
+
+
+STOPPING = 'somebody is stopping a container'
+
+
+@pytest.mark.parametrize(
+    'container',
+    [
+        make('db', health='unhealthy'),
+        make('db', lost=LOST),
+        make('db', owners={'core1': 'network'}, since=50.0),
+    ],
+    ids=['unhealthy', 'lost', 'in a dead namespace'],
+)
+def test_what_somebody_is_stopping_is_left_to_him(container):
+    history = History(ending=['db1'])
+    (line,) = plan(look(db=container), history=history)
+    assert line.startswith('leave db: ') and line.endswith(STOPPING)
+    assert plan(look(db=container)) and STOPPING not in plan(look(db=container))[0]
+
+
+def test_what_was_only_made_is_not_started_while_somebody_stops_another_container():
+    containers = look(db=make('db', 'created'))
+    assert plan(containers, history=History(ending=['core1'])) == ['leave db: created: ' + STOPPING]
+    crashed = look(db=make('db', 'exited', exit_code=1))
+    assert plan(crashed, history=History(ending=['core1'])) == ['start db: exited (1)']
 
 
 def test_unhealthy_is_left_alone_if_told_so():
@@ -3171,6 +3215,24 @@ def test_service_of_a_committed_image_is_told_from_its_copies(world):
     assert [c.service for c in shop().observe()] == ['web', 'side', 'core']
 
 
+def test_container_made_anew_of_a_committed_image_is_the_services_own(world):
+    world.run('core', 'side')
+    original = world.find('core1')['Config']['Labels']
+    world.add_image('sha256:fixed', 'core:latest', **original)  # committed under the old tag
+    label = {'com.docker.compose.image': 'sha256:fixed'}
+    world.add('core', image='core:latest', image_id='sha256:fixed', labels=label, id='new')
+    assert [c.id for c in shop().observe()] == ['new', 'side1', 'core1']
+
+
+@pytest.mark.parametrize('keys', ['service', 'oneoff config-hash', 'service oneoff config-hash'])
+def test_what_has_only_some_of_composes_labels_is_none_of_the_stack(world, keys):
+    world.run('core', 'side')
+    id = world.add('core')
+    for key in keys.split():
+        del world.find(id)['Config']['Labels']['com.docker.compose.' + key]
+    assert [c.id for c in shop().observe()] == ['side1', 'core1']
+
+
 def test_image_is_asked_for_once(world):
     world.run('core', 'side', 'db')
     stack = shop()
@@ -3454,6 +3516,60 @@ def test_each_container_is_repaired_by_its_own_request_and_no_neighbour_is_touch
     expected = ['restart ill1', 'start core1', 'start db1', 'unpause web1']
     assert sorted(summary(world)) == expected
     assert {world.state(id) for id in world.containers} == {'running'}
+
+
+def test_unhealthy_container_that_somebody_stops_is_restarted_only_if_it_outlasts_its_grace(world):
+    world.run('core', 'side')
+    clock = Clock()
+    with watch(clock=clock) as w:
+        w.cycle()
+        world.emit('kill', 'core1', signal='15')
+        world.turn('core1', 'unhealthy')
+        hear(w, world)
+        assert run_cycle(w) == 10.0 and summary(world) == []  # its time to stop
+        clock.now += 10.1
+        run_cycle(w)
+    assert summary(world) == ['restart core1']
+
+
+def test_container_that_ends_by_a_signal_is_not_being_stopped_any_more(world):
+    world.run('core', 'side')
+    clock = Clock()
+    with watch(clock=clock) as w:
+        w.cycle()
+        world.act('kill', 'core1')
+        hear(w, world)
+        run_cycle(w)
+        world.turn('core1', 'unhealthy')
+        run_cycle(w)
+        clock.now += 2
+        run_cycle(w)
+    assert summary(world) == ['start core1', 'restart core1']
+
+
+def test_sibling_that_crashes_does_not_wait_for_what_is_done_for_its_service(world):
+    world.declare(core={'scale': 2}, side={})
+    world.add('core')
+    world.add('side')
+    world.command('compose up', hang=True)
+    with watch() as w:
+        w.cycle()
+        assert eventually(lambda: len(world.changes()) == 1)
+        world.crash('core1')
+        hear(w, world)
+        w.cycle()
+        assert eventually(lambda: summary(world)[1:] == ['start core1'])
+        world.heal()
+
+
+def test_container_that_has_lost_what_it_was_made_for_is_stopped_before_it_is_removed(world):
+    world.run('core', side={'network_mode': 'service:core', 'scale': 2})
+    world.act('remove', 'core1', force='1')
+    with watch() as w:
+        run_cycle(w)
+        run_cycle(w)
+    lines = [line for line in summary(world) if 'side' in line]
+    assert lines.index('stop side1') < lines.index('remove side1')
 
 
 def test_missing_services_are_created_by_one_command_without_what_they_depend_on(world):
@@ -6379,6 +6495,25 @@ def test_what_people_do_by_hand_succeeds_and_nothing_is_doubled_or_left_down(set
         assert eventually(project.is_well), (project.look(), watchdog.log())
 
 
+# Neither heeds SIGTERM: to replace them takes eight seconds.
+SLOW_TO_STOP = """\
+services:
+  core: {image: busybox, command: sleep 10000, stop_grace_period: 4s}
+  side: {image: busybox, command: sleep 10000, stop_grace_period: 4s, network_mode: 'service:core'}
+"""
+
+
+@needs_docker
+def test_redeployment_of_what_stops_slowly_is_left_to_finish(project_2):
+    project = project_2.write(SLOW_TO_STOP)
+    with project.watchdog('--settle', '1') as watchdog:
+        project.compose('up', '-d', '--force-recreate')  # asserts that it ends with 0
+        assert project.is_well(('core', 'side')), (project.look(), watchdog.log())
+        assert '->' not in watchdog.log(), watchdog.log()
+        names = project.docker('ps', '-a', project.filter, '--format', '{{.Names}}').split()
+        assert sorted(names) == [f'{project.name}-{service}-1' for service in ('core', 'side')]
+
+
 # -- on a real engine: the end ---------------------------------------------------------------------
 
 STORE = (
@@ -8119,6 +8254,32 @@ def test_failed_start_undoes_what_it_made_and_nothing_that_was_there_before(runn
 
 
 @needs_docker
+def test_failed_start_leaves_running_what_ran_before_although_compose_has_replaced_it(project_2):
+    text = PAIR.replace('side: {', 'side: {depends_on: [core], environment: {A: "1"}, ')
+    project = project_2.write(text)
+    project.compose('up', '-d')
+    bad = text.replace('command: sleep 10000', 'command: /no/such/program', 1)
+    project.write(bad.replace('A: "1"', 'A: "2"'))
+    told = fail_to_start(project)
+    shown = sorted(container[:2] for container in project.look().values())
+    assert shown == [('core', 'created'), ('side', 'running')], told
+    assert '; core does not run any more' in told and 'could not be removed' not in told
+
+
+@needs_docker
+def test_signal_in_the_middle_of_a_start_brings_back_what_compose_was_replacing(project_2):
+    project = project_2.write(SLOW_TO_STOP)
+    project.compose('up', '-d')
+    before = set(project.ids())
+    project.write(SLOW_TO_STOP.replace('sleep 10000', 'sleep 10001'))
+    with Host([sys.executable, str(MODULE), *project.options()], project.folder / 'log') as host:
+        assert eventually(lambda: set(project.ids()) - before), host.log()  # it stops the old one
+        host.process.terminate()
+        assert host.process.wait(60) == 0, host.log()
+    assert set(project.ids()) <= before, host.log()
+
+
+@needs_docker
 def test_signal_in_the_middle_of_a_start_leaves_what_was_there_before(running):
     project = running
     before, belongings = bring_up_before(project)
@@ -8282,6 +8443,46 @@ def see_it_repaired_beside(project, host):
     count = host.log().count('side: paused -> unpaused')
     project.docker('pause', *project.ids('side'))
     assert host.says('side: paused -> unpaused', count + 1), host.log()
+
+
+@needs_docker
+def test_service_whose_image_was_committed_under_its_own_name_has_one_container(project):
+    image = project.name + '-fixed'
+    project.docker('tag', 'busybox', image)
+    try:
+        project.write(PAIR.replace('busybox', image, 1))
+        with project.watchdog() as host:
+            project.docker('commit', '--pause=false', *project.ids('core'), image)
+            for _ in range(2):
+                project.docker('rm', '-f', *project.ids('core'))
+                assert eventually(lambda: project.is_well(PAIRED)), (project.look(), host.log())
+            see_it_repaired_beside(project, host)
+            assert project.is_well(PAIRED), (project.look(), host.log())
+    finally:
+        project.docker('rmi', '-f', image, code=None)
+
+
+@needs_docker
+def test_container_with_only_some_of_composes_labels_is_never_touched(project_2):
+    project = project_2.write(PAIR.replace('image: busybox', 'build: .', 1))
+    (project.folder / 'Dockerfile').write_text('FROM busybox\n')
+    label, name = project.filter.partition('label=')[2], project.name
+    try:
+        with project.watchdog() as host:
+            for extra, image in [('--label=' + label, 'busybox'), ('--rm=false', name + '-core')]:
+                project.docker('run', '-d', extra, '--name', name + '-mine', image, 'true')
+                count = host.log().count('core: missing -> created')
+                project.docker('rm', '-f', name + '-core-1')
+                assert host.says('core: missing -> created', count + 1), host.log()
+                project.docker('kill', name + '-side-1')
+                assert host.says('side: exited (137) -> started', count + 1), host.log()
+                form = '{{.State.Status}} {{.RestartCount}} {{.State.ExitCode}}'
+                mine = project.docker('inspect', '--format', form, name + '-mine')
+                assert mine == 'exited 0 0\n', host.log()
+                project.docker('rm', name + '-mine')
+    finally:
+        project.docker('rm', '-f', name + '-mine', code=None)
+        project.docker('rmi', '-f', name + '-core', code=None)
 
 
 # Not with 1.29 while it runs: its own `up` deletes the newer of two containers with one number.
