@@ -3625,6 +3625,16 @@ def test_container_whose_network_is_gone_is_created_anew(world):
     assert world.state('side1') == 'running'
 
 
+def test_container_whose_network_is_gone_is_removed_where_compose_would_replace_its_copy(world):
+    world.run('core', 'side')
+    copy = commit(world)
+    world.act('stop', 'core1')
+    world.networks.clear()
+    with watch() as w:
+        run_cycle(w)
+    assert summary(world)[-1] == 'remove core1' and copy in world.containers
+
+
 def test_files_are_read_anew_after_a_failed_up_although_no_container_is_left(world):
     world.run('core')
     file = pathlib.Path('compose.yml').absolute()
@@ -4834,6 +4844,15 @@ def test_stop_ends_one_by_one_what_compose_cannot_then_kills_and_still_cleans_up
         'POST /containers/core1/stop: status 500: stuck; killing the containers',
     ]
     assert ending(world) == sorted(['kill core1', 'stop core1', 'stop side1', *ENDED])
+
+
+def test_container_that_ends_before_it_can_be_killed_is_stopped(world):
+    world.run('core', 'side')
+    world.command('compose stop', code=1, err='no way')
+    world.fault('POST /containers/core1/stop', status=500, message='stuck')
+    world.fault('POST /containers/core1/kill', call=lambda: world.crash('core1'))
+    bc.stop_container(FAST)
+    assert 'kill core1' in summary(world) and not world.containers
 
 
 @ignores_warnings
@@ -7940,7 +7959,9 @@ NO_PROGRAM = PAIR + '  bad: {image: busybox, command: /no/such/program}\n'
 
 
 @needs_docker
-@pytest.mark.parametrize('children, watcher', [('reaped', 'process'), ('ignored', 'thread')])
+@pytest.mark.parametrize(
+    'children, watcher', [('reaped', 'process'), ('ignored', 'thread'), ('ignored', 'process')]
+)
 def test_command_fails_or_succeeds_by_its_own_result_in_a_host_that_reaps_or_ignores_its_children(
     project_2, children, watcher
 ):
@@ -7965,7 +7986,8 @@ def test_command_fails_or_succeeds_by_its_own_result_in_a_host_that_reaps_or_ign
         assert host.log().count('side: missing -> created (') == 1
         host.process.stdin.close()
         assert host.process.wait(60) == 0 and host.says('down\n'), host.log()
-        assert 'has died' not in host.log() and project.ids() == [], host.log()
+        assert 'has died' not in host.log() and 'no watcher process' not in host.log(), host.log()
+        assert project.ids() == [], host.log()
 
 
 IGNORING = ('sh', '-c', 'trap "" CHLD; exec "$@"', 'sh', sys.executable, str(MODULE))
