@@ -2711,6 +2711,8 @@ def _hold(stack: _Stack, names: Sequence[str], span: float) -> int:
     with _going_on('the containers tell the services'):
         stack.open()
     known = sorted({*stack.services, *(c.service for c in stack.observe())})
+    if not known:
+        return 1
     for name in names:
         if name not in known:
             raise ValueError(f'SERVICE: {name!r} is not one of {", ".join(known)}')

@@ -4489,6 +4489,11 @@ def test_hold_works_although_the_compose_file_cannot_be_read(world):
     assert bc.main(['release']) == 0
 
 
+def test_hold_where_there_is_no_stack_is_an_error_and_writes_nothing(world):
+    world.command('compose config', code=14, err='no configuration file provided: not found')
+    assert bc.main(['hold']) == 1 and not os.path.exists('.broapt-hold')
+
+
 def test_hold_that_cannot_be_written_is_an_error_and_leaves_the_old_one(world):
     world.run('core')
     hold(core=60)
