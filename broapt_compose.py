@@ -2046,7 +2046,6 @@ class _Watch:
             logger.info(f'Docker answers again, after {self.clock() - self.outage:.0f} s')
             self.outage = None
         services = self.stack.get_services(self._note_holds())
-        self.ending = {ident: until for ident, until in self.ending.items() if now < until}
         history = History(self.seen, self.streaks, self.crashed, self.ending)
         actions = self._choose(
             decide(containers, services, now, history, self.settings), containers
@@ -2097,7 +2096,7 @@ class _Watch:
             grace = known.grace if known else _DEFAULT_GRACE
             if kind == 'kill':
                 self.ending[ident] = self.clock() + grace
-            if kind in ('die', 'destroy', 'remove'):
+            if kind == 'die':
                 self.ending.pop(ident, None)
             if kind in ('kill', 'stop', 'destroy', 'remove'):
                 self._note_deed(ident, told.get(_SERVICE, ''))
@@ -2144,6 +2143,8 @@ class _Watch:
             if key not in there or key in healthy and streak.ill:
                 del self.streaks[key]
         self.crashed &= there
+        alive, now = [c.id for c in containers if c.state.alive], self.clock()
+        self.ending = {i: end for i, end in self.ending.items() if i in alive and now < end}
 
     def _suffer(self, error: ComposeError, now: float) -> float:
         """Take note that Docker does not answer: nothing is repaired by old knowledge."""

@@ -3547,6 +3547,17 @@ def test_container_that_ends_by_a_signal_is_not_being_stopped_any_more(world):
     assert summary(world) == ['start core1', 'restart core1']
 
 
+def test_container_that_has_ended_is_not_being_stopped_although_no_event_has_told_of_its_end(world):
+    world.run('core', 'side')
+    with watch() as w:
+        w.cycle()
+        world.emit('kill', 'core1', signal='15')
+        world.change('core1', 'exited', 143)  # the engine was stopped
+        hear(w, world)
+        run_cycle(w)
+    assert summary(world) == ['start core1']
+
+
 def test_sibling_that_crashes_does_not_wait_for_what_is_done_for_its_service(world):
     world.declare(core={'scale': 2}, side={})
     world.add('core')
