@@ -2436,8 +2436,10 @@ DECLARED = {
 def test_services_are_read_from_the_json_of_compose_2():
     services = bc._read_services(json.loads(CONFIG_2), 'shop', None)
     started = {'init': 'service_started'}
+    needs = dict(DECLARED['core'].depends_on, multi='service_healthy')
     assert services == dict(
         DECLARED,
+        core=DECLARED['core']._replace(depends_on=needs, optional=('multi',)),
         mate=Service(owners=('named', 'init'), depends_on=started),
         side=Service(owners=('core',), depends_on=dict(started, core='service_started')),
     )
@@ -3121,7 +3123,7 @@ def test_container_that_cannot_be_inspected_in_time_is_seen_as_the_list_shows_it
     world.crash('core1', 3)
     world.fault('GET /containers/core1/json', hang=True)
     assert sorted(seen(shop(FAST._replace(timeout=0.3)))) == [
-        ('core', 'exited'),
+        ('core', 'exited (3)'),
         ('side', 'running'),
     ]
 
