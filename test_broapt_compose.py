@@ -9668,7 +9668,13 @@ def test_clock_that_is_a_day_slow_delays_no_repair(project_2):
     libraries = glob.glob('/usr/lib/*/faketime/libfaketime.so.1')
     if not libraries:
         pytest.skip('libfaketime is not installed')
-    project_2.environment = dict(os.environ, LD_PRELOAD=libraries[0], FAKETIME='-1d')
+    project_2.environment = dict(
+        os.environ,
+        LD_PRELOAD=libraries[0],
+        FAKETIME='-1d',
+        FAKETIME_DONT_FAKE_MONOTONIC='1',  # that one knows no days, and what waits goes by it
+        DONT_FAKE_MONOTONIC='1',  # the same for older versions
+    )
     with project_2.write(PAIR).watchdog('--interval', '3600') as watchdog:
         project_2.docker('kill', *project_2.ids('core'))
         assert watchdog.says('core: exited (137) -> started'), watchdog.log()
