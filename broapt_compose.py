@@ -2614,7 +2614,7 @@ def _run_until_signal(stack: _Stack) -> int:
             name = signal.Signals(settings.kill_signal).name
             logger.info(f'the stack is up and watched; {name} or Ctrl+C stops it')
             # No endless wait: the kernel may give the signal to another thread.
-            while not threading.Event().wait(5.0):
+            while not threading.Event().wait(1.0):
                 pass
         return 0
     finally:
