@@ -1717,8 +1717,9 @@ class _Stack(_Project):
         try:
             now = self.observe()
             # By id; what has been replaced, by its number: the newest of those that bore it.
-            gone = [c for c in before if c.id not in {c.id for c in now}]
-            states: Dict[Any, State] = {(c.service, c.number): c.state for c in reversed(gone)}
+            ids = {c.id for c in now}
+            gone = [c for c in reversed(before) if c.id not in ids]
+            states: Dict[Any, State] = {(c.service, c.number): c.state for c in gone}
             states.update((c.id, c.state) for c in before)
             jobs = []
             for c in now:
@@ -1950,7 +1951,8 @@ _EVENTS = 'create start kill die stop oom pause unpause destroy remove health_st
 _ADVICE = (
     'It is tried again, less and less often, until somebody mends that, or puts the service on hold'
 )
-# Seconds from somebody's signal on: what ends later does not end by it. Some ask for a reload.
+# Seconds that somebody's signal may take beyond the grace period: what ends later does not end by
+# it. Some ask for a reload.
 _LONGEST_END = 300.0
 
 
@@ -2066,8 +2068,9 @@ class _Watch:
         """
         well = all(c.state.alive for c in containers)
         quiet = 0.0 if well else self.stirred + _QUIET
-        taken = [a.service in self.busy and a.key not in self.crashed for a in actions]
-        free = [a for a, t in zip(actions, taken) if not t and a.key not in self.busy]
+        # What has crashed does not wait for what is done for a sibling.
+        free = [a for a in actions if a.key in self.crashed or a.service not in self.busy]
+        free = [a for a in free if a.key not in self.busy]
         return [a._replace(due=max(a.due, quiet)) if a.verb in _UP else a for a in free]
 
     # -- what has happened

@@ -3790,6 +3790,20 @@ def test_crash_is_repaired_at_once_and_what_people_do_only_when_it_has_settled(w
     assert bool(summary(world)) == at_once
 
 
+def test_end_of_a_stop_within_a_long_grace_period_is_no_crash(world):
+    world.run('core', 'side')
+    world.find('core1')['Config']['StopTimeout'] = 600
+    with watch(FAST._replace(settle=5), Clock()) as w:
+        run_cycle(w)
+        world.events.clear()
+        world.emit('kill', 'core1', signal='15')
+        forget(world, 599)
+        world.crash('core1')
+        hear(w, world)
+        run_cycle(w)
+    assert summary(world) == []
+
+
 def test_crash_does_not_hurry_what_is_done_by_hand_later(world):
     world.run('core', 'side')
     clock = Clock()
